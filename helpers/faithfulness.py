@@ -1,0 +1,149 @@
+"""Does the model's decision hang on the tokens that an explanation ranks first? Erase them, or keep only them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from helpers.models import fast_attention, resolve_target
+
+OPERATORS = ("mask", "delete", "pad", "attention_mask")
+KS = (0, 10, 20, 50)  # percent of the players in the rationale
+TIE = 1e-6  # attributions closer than this share of the largest one are equal
+
+
+@dataclass
+class ErasureScores:
+    """Faithfulness of each input; a leading methods dimension is there when the attributions had one.
+
+    comprehensiveness  (..., batch) Σ_k (p − p without the rationale) / (|K| + 1), higher is better
+    sufficiency        (..., batch) Σ_k (p − p of the rationale alone) / (|K| + 1), lower is better
+    kept_predictions   (..., batch, len(ks)) class predicted from the rationale alone
+    probability        (batch,) p, the probability of the explained class on the whole input
+    """
+
+    comprehensiveness: torch.Tensor
+    sufficiency: torch.Tensor
+    kept_predictions: torch.Tensor
+    probability: torch.Tensor
+
+
+def rationale(attributions: torch.Tensor, players: torch.Tensor, k: float) -> torch.Tensor:
+    """Return bool (..., batch, tokens): the top ⌈k·n/100⌉ of each input's n players.
+
+    Players that tie across the cut are all left out: an explanation that does not rank them does not choose them. So the
+    rationale does not depend on the order of the tokens, and a constant attribution has none below k = 100.
+    """
+    scores = attributions.masked_fill(~players, -torch.inf)
+    n = players.sum(-1)
+    size = torch.ceil((k * n.double() / 100).round(decimals=9)).long()  # 20 % of 5 is 1, not 1.0000000000000002
+    padded = torch.nn.functional.pad(scores.sort(-1, descending=True).values, (0, 1), value=-torch.inf)
+    first_left_out = padded.gather(-1, size.expand(scores.shape[:-1])[..., None])
+    tolerance = TIE * (attributions * players).abs().amax(-1, keepdim=True)
+    return players & (scores > first_left_out + tolerance) & (size > 0)[:, None]
+
+
+def erasure_scores(
+    model, inputs, attributions: torch.Tensor, players: torch.Tensor, mask_token_id: int,
+    ks: Sequence[float] = KS, operator: str = "mask", target=None, progress: bool = False,
+) -> ErasureScores:  # fmt: skip
+    """Score attributions by comprehensiveness and sufficiency (DeYoung et al., 2020), with F1's predictions beside them.
+
+    inputs        input_ids and attention_mask (batch, tokens), as the model takes them
+    attributions  (batch, tokens), or (methods, batch, tokens): then equal masked inputs of all methods are scored once
+    players       bool (batch, tokens); other tokens are never erased
+    ks            percents of the players in the rationale, each from 0 to 100
+    operator      what erasing does: "mask" by mask_token_id, "delete", "pad" by the padding token, "attention_mask"
+    target        explained class as in `read_attention`; None is the prediction on the whole input
+
+    Raises ValueError for k outside 0 to 100, an unknown operator, attributions of another shape or with NaN.
+    """
+    players = players.to(model.device)
+    attributions = torch.as_tensor(attributions).to(model.device)
+    _check_erasure(attributions, players, ks)
+    batch, n_tokens = players.shape
+    chosen = torch.stack([rationale(attributions, players, k) for k in ks], -2)  # (..., batch, K, tokens)
+    keep = torch.stack([~chosen, chosen | ~players[:, None]], -4)  # (..., without or alone, batch, K, tokens)
+    rows = torch.arange(batch, device=model.device)[:, None].expand(keep.shape[:-1]).reshape(-1)
+    whole = torch.ones(batch, n_tokens, dtype=torch.bool, device=model.device)
+    probabilities = erased_probabilities(
+        model, inputs, torch.cat([rows[: batch * len(ks) : len(ks)], rows]),
+        torch.cat([whole, keep.reshape(-1, n_tokens)]), mask_token_id, operator, progress,
+    )  # fmt: skip
+    explained = resolve_target(model, probabilities[:batch], target)
+    p = probabilities[:batch].gather(1, explained[:, None]).squeeze(1)
+    erased = probabilities[batch:].reshape(*keep.shape[:-1], -1)
+    index = explained[:, None, None].expand(*erased.shape[:-1], 1)
+    drops = (p[:, None] - erased.gather(-1, index).squeeze(-1)).sum(-1) / (len(ks) + 1)  # (..., 2, batch)
+    without, alone = drops.unbind(-2)
+    return ErasureScores(without, alone, erased.argmax(-1).select(-3, 1), p)
+
+
+def erased_probabilities(
+    model, inputs, rows: torch.Tensor, keep: torch.Tensor, mask_token_id: int,
+    operator: str = "mask", progress: bool = False, batch_tokens: int = 4096,
+) -> torch.Tensor:  # fmt: skip
+    """Return class probabilities (count, classes) of partly erased inputs.
+
+    rows  (count,) which input each erased copy starts from
+    keep  bool (count, tokens), True for tokens that stay
+
+    Equal copies run once, sorted by length in batches of about `batch_tokens` tokens, in inference mode and under fused
+    attention. Results do not depend on the order or number of the copies beyond floating-point rounding.
+    """
+    if operator not in OPERATORS:
+        raise ValueError(f"operator {operator!r} is unknown; use one of {', '.join(OPERATORS)}")
+    real = inputs["attention_mask"].bool()
+    keep = keep | ~real[rows]  # padding is not erased, so copies that differ only there are equal
+    packed = np.packbits(keep.cpu().numpy(), axis=1)
+    key = np.concatenate([rows.cpu().numpy()[:, None].astype(np.int64).view(np.uint8), packed], axis=1)
+    _, first, inverse = np.unique(key, axis=0, return_index=True, return_inverse=True)
+    lengths = real.sum(-1)[rows].cpu().numpy()
+    order = first[np.argsort(lengths[first], kind="stable")]
+    position = np.empty(len(key), dtype=np.int64)
+    position[order] = np.arange(len(order))
+    results, start = [], 0
+    with torch.inference_mode(), fast_attention(model), tqdm(total=len(order), disable=not progress, leave=False) as bar:
+        while start < len(order):
+            stop = start + max(1, batch_tokens // int(lengths[order[start]]))
+            part = torch.as_tensor(order[start:stop], device=rows.device)
+            erased = erase(model, inputs, rows[part], keep[part], mask_token_id, operator)
+            results.append(model(**erased).logits.float().softmax(-1))
+            bar.update(len(part))
+            start = stop
+    return torch.cat(results).clone()[torch.as_tensor(position[first[inverse.reshape(-1)]], device=rows.device)]
+
+
+def erase(model, inputs, rows: torch.Tensor, keep: torch.Tensor, mask_token_id: int, operator: str = "mask") -> dict:
+    """Return the inputs of chosen rows with every token outside `keep` erased, cut to the longest of them."""
+    rows = rows.to(inputs["input_ids"].device)
+    width = int(inputs["attention_mask"][rows].sum(-1).max())
+    erased = {name: tensor[rows, :width] for name, tensor in inputs.items()}
+    gone = ~keep[:, :width] & erased["attention_mask"].bool()
+    ids, attention = erased["input_ids"], erased["attention_mask"]
+    if operator == "mask":
+        erased["input_ids"] = ids.masked_fill(gone, mask_token_id)
+    elif operator == "pad":
+        erased["input_ids"] = ids.masked_fill(gone, model.config.pad_token_id)
+    elif operator == "attention_mask":
+        erased["attention_mask"] = attention.masked_fill(gone, 0)
+    else:  # delete: what stays moves left, in order
+        order = (gone | ~attention.bool()).to(torch.uint8).argsort(dim=-1, stable=True)
+        erased = {name: tensor.gather(1, order) for name, tensor in erased.items()}
+        left = (~gone & attention.bool()).sum(-1)
+        erased["attention_mask"] = (torch.arange(width, device=left.device) < left[:, None]).to(attention.dtype)
+    return erased
+
+
+def _check_erasure(attributions: torch.Tensor, players: torch.Tensor, ks: Sequence[float]) -> None:
+    if not len(ks) or any(not 0 <= k <= 100 for k in ks):
+        raise ValueError(f"ks are percents of the players, each from 0 to 100, not {tuple(ks)}")
+    if attributions.shape[-2:] != players.shape or attributions.ndim > 3:
+        raise ValueError(f"attributions {tuple(attributions.shape)} do not fit players {tuple(players.shape)}")
+    if not torch.isfinite(attributions.masked_fill(~players, 0)).all():
+        raise ValueError("the attributions hold NaN or infinity at a player")
+    if not players.any(-1).all():
+        row = (~players.any(-1)).nonzero()[0].item()
+        raise ValueError(f"input {row} has no players, so there is nothing to erase")

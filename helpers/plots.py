@@ -1,0 +1,114 @@
+"""Figures of attributions; every function returns (figure, axes) and leaves saving to the caller."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.patches import Rectangle
+
+PAGE = 7.2  # inches, the width of a printed page's text
+FAMILY_COLORS = {"attention": "#2c6fbb", "gradient": "#2a8c55", "input": "#c0392b", "none": "#7f7f7f"}
+SIGNED = "RdBu_r"  # centred on zero: red speaks for the class, blue against it
+
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 100,
+    "pdf.fonttype": 42,
+    "font.family": "DejaVu Sans",
+}
+
+
+def use_style() -> None:
+    """Set fonts and lines that stay legible in a printed column."""
+    plt.rcParams.update(STYLE)
+
+
+def token_strips(
+    sentences: Sequence[tuple[str, Sequence[str], Mapping[str, Sequence[float]]]], line: int = 84
+) -> tuple[plt.Figure, np.ndarray]:
+    """Draw sentences as rows of coloured tokens, one row a method, all on one colour scale.
+
+    sentences  (title, tokens, {method: attribution of each token}) each
+    line       characters after which a sentence goes on in a new line
+
+    Each row is divided by its largest absolute value, so zero and sign stay where they are and methods of different
+    units can be compared. Returns the figure and one axes a sentence.
+    """
+    layouts = [_break_lines(tokens, line) for _, tokens, _ in sentences]
+    heights = [1 + len(methods) * (layout[-1][1] + 1) for (_, _, methods), layout in zip(sentences, layouts, strict=True)]
+    figure, axes = plt.subplots(
+        len(sentences), 1, figsize=(PAGE, 0.19 * sum(heights) + 0.45), squeeze=False,
+        gridspec_kw={"height_ratios": heights}, layout="constrained",
+    )  # fmt: skip
+    scale = ScalarMappable(Normalize(-1, 1), SIGNED)
+    for axis, (title, tokens, methods), layout, height in zip(axes[:, 0], sentences, layouts, heights, strict=True):
+        axis.set(xlim=(-0.36 * line, line), ylim=(height, 0))
+        axis.axis("off")
+        axis.text(-0.36 * line, 0.5, title, va="center", fontsize=8, fontweight="bold")
+        lines = layout[-1][1] + 1
+        for row, (method, values) in enumerate(methods.items()):
+            top = 1 + row * lines
+            axis.text(-0.01 * line, top + 0.5, method, ha="right", va="center", fontsize=6.5)
+            values = np.asarray(values, dtype=float)
+            values = values / (np.abs(values).max() or 1)
+            for token, value, (left, down, width) in zip(tokens, values, layout, strict=True):
+                color = scale.to_rgba(value)
+                axis.add_patch(Rectangle((left, top + down + 0.06), width - 0.15, 0.88, color=color, linewidth=0))
+                ink = "white" if np.dot(color[:3], (0.299, 0.587, 0.114)) < 0.5 else "black"
+                axis.text(left + width / 2, top + down + 0.5, token, ha="center", va="center", fontsize=6.5, color=ink)
+    bar = figure.colorbar(scale, ax=axes[:, 0].tolist(), orientation="horizontal", aspect=60, pad=0.02, shrink=0.6)
+    bar.set_label("attribution / largest |attribution| of the row", fontsize=7)
+    return figure, axes[:, 0]
+
+
+def _break_lines(tokens: Sequence[str], line: int) -> list[tuple[float, int, float]]:
+    """Return (left, line number, width) of each token, in characters."""
+    places, left, down = [], 0.0, 0
+    for token in tokens:
+        width = max(len(token), 2) * 0.92 + 1.0
+        if left and left + width > line:
+            left, down = 0.0, down + 1
+        places.append((left, down, width))
+        left += width
+    return places
+
+
+def method_strips(
+    scores: pd.DataFrame, intervals: pd.DataFrame, measure: str, label: str | None = None
+) -> tuple[plt.Figure, np.ndarray]:
+    """Draw one panel a data set and in it one strip a method: every input a dot, a line at the mean with its interval.
+
+    scores     long table with the columns set, method, family and `measure`, one row an input
+    intervals  the same without inputs: set, method, family, mean, low, high of `measure`
+
+    Dots are blue for attention-based, green for gradient-based, red for input-based methods, grey for those that know
+    nothing. Returns the figure and one axes a set.
+    """
+    sets = list(dict.fromkeys(scores["set"]))
+    methods = list(dict.fromkeys(scores["method"]))
+    figure, axes = plt.subplots(
+        1, len(sets), figsize=(PAGE, 0.19 * len(methods) + 0.9), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes[0], sets, strict=True):
+        part = scores[scores["set"] == name]
+        sns.stripplot(
+            part, x=measure, y="method", hue="family", order=methods, palette=FAMILY_COLORS, ax=axis,
+            size=1.6, alpha=0.35, jitter=0.3, legend=False, rasterized=True, zorder=1,
+        )  # fmt: skip
+        axis.axvline(0, color="black", linewidth=0.5, zorder=0)
+        for row in intervals[intervals["set"] == name].itertuples():
+            place = methods.index(row.method)
+            axis.fill_betweenx([place - 0.36, place + 0.36], row.low, row.high, color="black", alpha=0.25, linewidth=0)
+            axis.plot([row.mean, row.mean], [place - 0.36, place + 0.36], color="black", linewidth=1.2, zorder=3)
+        axis.set(title=f"{name} (n = {part.groupby('method', sort=False).size().max()})", xlabel="", ylabel="")
+        axis.tick_params(axis="y", length=0, labelsize=6.5)
+    figure.supxlabel(label or measure, fontsize=8)
+    return figure, axes[0]

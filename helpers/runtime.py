@@ -1,0 +1,110 @@
+"""Where a run happens and what it leaves behind: paths, device, cost of passes, files."""
+
+import json
+import platform
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+
+
+def project_path(path: str | Path) -> Path:
+    """Return `path` as it is when absolute, else below the project root, whatever the working directory."""
+    return PROJECT_ROOT / Path(path).expanduser()
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """Turn "auto" into the best device at hand, or check that the named one ("cpu", "cuda:0", "mps") exists.
+
+    Raises ValueError for a device that torch does not know or that this machine does not have.
+    """
+    if device == "auto":
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not available here; use 'auto' or 'cpu'") from error
+
+
+def describe_run(*packages: str) -> str:
+    """Return one line that names the hardware and the versions of python and of `packages`."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    names = " · ".join(f"{package} {version(package)}" for package in packages)
+    return f"{platform.machine()}, {accelerator} · python {platform.python_version()} · {names}"
+
+
+@dataclass
+class Cost:
+    """Seconds of a block of code, the part of them inside forward passes, and the inputs passed each way."""
+
+    seconds: float = 0.0
+    forward_seconds: float = 0.0
+    forwards: int = 0
+    backwards: int = 0
+
+
+@contextmanager
+def measure_cost(model: torch.nn.Module):
+    """Measure the enclosed block: wall-clock seconds, and how many inputs went forward and backward through `model`.
+
+    Yields a Cost, complete when the block ends. A batch of 8 counts as 8 forwards.
+    """
+    device = next(model.parameters()).device
+
+    def now() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    cost = Cost()
+    started = []
+
+    def before(module, args, kwargs):
+        started.append(now())
+
+    def after(module, args, kwargs, output):
+        cost.forward_seconds += now() - started.pop()
+        cost.forwards += len(output.logits)
+        if output.logits.requires_grad:
+            output.logits.register_hook(count_backward)
+
+    def count_backward(gradient):
+        cost.backwards += len(gradient)
+
+    hooks = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    ]
+    start = now()
+    try:
+        yield cost
+    finally:
+        cost.seconds = now() - start
+        for hook in hooks:
+            hook.remove()
+
+
+def save_figure(figure, folder: Path, name: str) -> None:
+    """Write `figure` as PNG for reading and PDF for print into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=200, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(folder / f"{name}.pdf", bbox_inches="tight", metadata={"CreationDate": None})
+
+
+def save_table(table, folder: Path, name: str) -> None:
+    """Write a DataFrame as CSV into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / f"{name}.csv", float_format="%.6g")
+
+
+def save_results(results: dict, folder: Path, name: str) -> Path:
+    """Write the headline numbers of a notebook to `folder`/results/`name`.json and return that path."""
+    path = folder / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf8")
+    return path

@@ -1,0 +1,182 @@
+"""Attention-driven Shapley values: three games read from one attention matrix, solved in closed form.
+
+Source: Eggen, Lysnæs-Larsen and Strümke (2025), arXiv 2508.08966; the closed form of max_mutual is ours.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from helpers.models import AttentionMaps
+
+GAMES = ("cls", "mutual", "max_mutual")
+WEIGHTINGS = ("attention", "gradient")
+CLS = 0  # position of the classification token in BERT, RoBERTa, ELECTRA, ViT, DeiT and DINOv2
+
+
+def pairwise_matrix(maps: AttentionMaps, weighting: str = "attention") -> torch.Tensor:
+    """Average attention over layers and heads, (batch, tokens, tokens), rows are queries.
+
+    "attention" averages A; "gradient" averages A ∘ ReLU(∂y/∂A), y the logit of the explained class.
+    Raises ValueError for another weighting, or where the gradients were not read.
+    """
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting {weighting!r} is unknown; use one of {', '.join(WEIGHTINGS)}")
+    if weighting == "attention":
+        return maps.weights.mean((1, 2))
+    if maps.gradients is None:
+        raise ValueError("weighting 'gradient' needs gradients; call read_attention(..., gradients=True)")
+    layers = zip(maps.weights.unbind(1), maps.gradients.unbind(1), strict=True)  # one layer at a time keeps memory flat
+    return sum((weights * gradients.relu()).mean(1) for weights, gradients in layers) / maps.weights.shape[1]
+
+
+def pair_values(matrix: torch.Tensor, game: str) -> torch.Tensor:
+    """Return w (..., n, n), the value that each pair of players adds in a pairwise game; its diagonal is zero."""
+    _check_game(game)
+    transposed = matrix.transpose(-1, -2)
+    values = matrix + transposed if game == "mutual" else torch.maximum(matrix, transposed)
+    return values - torch.diag_embed(values.diagonal(dim1=-2, dim2=-1))
+
+
+def coalition_values(matrix: torch.Tensor, coalitions: torch.Tensor, game: str) -> torch.Tensor:
+    """Return the characteristic function v(S) of each coalition, (count,).
+
+    matrix      (n, n) attention among n tokens, from `pairwise_matrix`
+    coalitions  bool (count, n), one coalition a row
+    game        "cls": Σ_{i∈S} M[cls, i]; "mutual": Σ_{i<j∈S} M[i,j] + M[j,i]; "max_mutual": Σ_{i<j∈S} max(M[i,j], M[j,i]).
+                In the two pairwise games v({i}) = M[i, i].
+
+    Raises ValueError for an unknown game or coalitions of another width than the matrix.
+    """
+    _check_game(game)
+    if coalitions.shape[-1] != matrix.shape[-1]:
+        raise ValueError(f"coalitions of {coalitions.shape[-1]} players do not fit a matrix of {matrix.shape[-1]} tokens")
+    member = coalitions.to(matrix.dtype)
+    if game == "cls":
+        return member @ matrix[CLS]
+    pairs = ((member @ pair_values(matrix, game)) * member).sum(-1) / 2
+    singletons = (member @ matrix.diagonal()) * (member.sum(-1) == 1)
+    return pairs + singletons
+
+
+def attention_shapley(matrix: torch.Tensor, players: torch.Tensor, game: str = "cls") -> torch.Tensor:
+    """Return the exact Shapley values of an attention game, (batch, tokens), zero off the players, in O(tokens²).
+
+    matrix   (batch, tokens, tokens), from `pairwise_matrix`
+    players  bool (batch, tokens), the tokens that may be in a coalition
+    game     as in `coalition_values`
+
+    cls is additive: φ_i = M[cls, i]. A pairwise game of n ≥ 2 players is a sum of pair games and singleton games, so
+    φ_i = M[i,i]/n − Σ_{j≠i} M[j,j]/(n(n−1)) + ½ Σ_{j≠i} w_ij.
+    Raises ValueError for an unknown game, non-finite attention, shapes that do not fit, or an input without players.
+    """
+    _check_game(game)
+    if matrix.ndim != 3 or players.shape != matrix.shape[:-1] or matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"matrix {tuple(matrix.shape)} and players {tuple(players.shape)} must be (b, t, t) and (b, t)")
+    if not torch.isfinite(matrix).all():
+        raise ValueError("the attention matrix holds NaN or infinity")
+    n = players.sum(-1, keepdim=True)
+    if (n == 0).any():
+        raise ValueError(f"input {(n == 0).squeeze(-1).nonzero()[0].item()} has no players, so there is nothing to explain")
+    if game == "cls":
+        return matrix[:, CLS] * players
+    member = players.to(matrix.dtype)
+    alone = matrix.diagonal(dim1=-2, dim2=-1) * member
+    others = (alone.sum(-1, keepdim=True) - alone) / (n * (n - 1)).clamp(min=1)
+    pairs = (pair_values(matrix, game) @ member[..., None]).squeeze(-1) / 2
+    return (alone / n - others + pairs) * member
+
+
+def all_coalitions(n_players: int) -> torch.Tensor:
+    """Return every coalition of n players as bool (2**n, n); row r holds player i where bit i of r is set."""
+    return (torch.arange(2**n_players)[:, None] >> torch.arange(n_players)) & 1 == 1
+
+
+def enumerate_shapley(
+    value: Callable[[torch.Tensor], torch.Tensor], n_players: int, max_players: int = 20
+) -> torch.Tensor:
+    """Return the exact Shapley values (n_players,) of any game by visiting all 2**n_players coalitions.
+
+    value(coalitions) takes bool (count, n_players) and returns (count,). The sums run in double precision.
+    Raises ValueError for more than `max_players` players, or none.
+    """
+    if not 1 <= n_players <= max_players:
+        raise ValueError(
+            f"enumeration of {n_players} players asked for, but it is limited to 1 to {max_players} "
+            f"(2**n coalitions); raise max_players, or estimate with sampled_shapley"
+        )
+    values = value(all_coalitions(n_players))
+    v, rows = values.double(), torch.arange(2**n_players, device=values.device)
+    size = sum((rows >> player) & 1 for player in range(n_players))
+    weight = [math.factorial(s) * math.factorial(n_players - s - 1) / math.factorial(n_players) for s in range(n_players)]
+    weight = torch.tensor(weight, dtype=v.dtype, device=v.device)
+    shapley = []
+    for player in range(n_players):
+        without = rows[(rows >> player) & 1 == 0]
+        shapley.append((weight[size[without]] * (v[without + 2**player] - v[without])).sum())
+    return torch.stack(shapley).to(values.dtype)
+
+
+def sampled_shapley(
+    value: Callable[[torch.Tensor], torch.Tensor], n_players: int, budget: int, seed: int = 0
+) -> torch.Tensor:
+    """Return unbiased estimates (n_players,) from at most `budget` coalitions: permutation sampling of shapiq.
+
+    Source: Castro, Gómez and Tejada (2009). `value` as in `enumerate_shapley`. Raises ValueError where the budget does
+    not pay for one permutation, n_players + 1 coalitions.
+    """
+    from shapiq import PermutationSamplingSV  # heavy, and only this function needs it
+
+    if budget < n_players + 1:
+        raise ValueError(f"a budget of {budget} coalitions does not pay for one permutation of {n_players} players")
+    estimator = PermutationSamplingSV(n_players, random_state=seed)
+    game = lambda coalitions: value(torch.from_numpy(coalitions.reshape(-1, n_players))).double().cpu().numpy()  # noqa: E731
+    return torch.from_numpy(estimator.approximate(budget, game).get_n_order_values(1)).float()
+
+
+def published_sampling(
+    matrix: torch.Tensor, players: torch.Tensor, game: str = "max_mutual", n_coalitions: int = 100,
+    sizes: str = "uniform", seed: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    """Return the paper's sampled attributions (batch, tokens), kept to measure how far they are from the exact values.
+
+    φ_i = Σ_S [v(S∪i) − v(S∖i)] / (n · C(n−1, |S∖i|)) over the sampled S, without the normalisation that would make it
+    an unbiased estimate. sizes="uniform" lets each player in with probability ½; "kernel" draws |S| from the
+    KernelSHAP kernel, (n−1) / (C(n,s) · s · (n−s)) for each coalition of size s, then the members evenly.
+    """
+    if sizes not in ("uniform", "kernel"):
+        raise ValueError(f"sizes {sizes!r} is unknown; use 'uniform' or 'kernel'")
+    if n_coalitions < 1:
+        raise ValueError(f"n_coalitions must be at least 1, not {n_coalitions}")
+    generator = torch.Generator().manual_seed(seed)
+    result = torch.zeros_like(matrix[:, 0], dtype=torch.double)  # 1/C(n−1, s) underflows single precision from n ≈ 150
+    for row, (attention, playing) in enumerate(zip(matrix, players, strict=True)):
+        tokens = playing.nonzero().squeeze(-1)
+        n = len(tokens)
+        sampled = torch.zeros(n_coalitions, attention.shape[0], dtype=torch.bool, device=matrix.device)
+        sampled[:, tokens] = _draw_coalitions(n, n_coalitions, sizes, generator).to(matrix.device)
+        for token in tokens:
+            inside, outside = sampled.clone(), sampled.clone()
+            inside[:, token], outside[:, token] = True, False
+            size = outside.sum(-1).double()
+            log_count = math.lgamma(n) - torch.lgamma(size + 1) - torch.lgamma(n - size)  # ln C(n−1, |S∖i|)
+            marginal = coalition_values(attention, inside, game) - coalition_values(attention, outside, game)
+            result[row, token] = (marginal.double() * torch.exp(-log_count)).sum() / n
+    return result
+
+
+def _draw_coalitions(n: int, count: int, sizes: str, generator: torch.Generator) -> torch.Tensor:
+    if sizes == "uniform":
+        return torch.rand(count, n, generator=generator) < 0.5
+    if n < 3:  # the kernel has no proper size to choose between
+        return torch.eye(n, dtype=torch.bool)[torch.randint(n, (count,), generator=generator)]
+    size = torch.arange(1, n, dtype=torch.double)
+    drawn = 1 + torch.multinomial(1 / (size * (n - size)), count, replacement=True, generator=generator)
+    order = torch.rand(count, n, generator=generator).argsort(-1).argsort(-1)  # a random rank for each player
+    return order < drawn[:, None]
+
+
+def _check_game(game: str) -> None:
+    if game not in GAMES:
+        raise ValueError(f"game {game!r} is unknown; use one of {', '.join(GAMES)}")
