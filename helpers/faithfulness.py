@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
+import scipy.stats
 import torch
 from tqdm.auto import tqdm
 
@@ -135,6 +137,20 @@ def erase(model, inputs, rows: torch.Tensor, keep: torch.Tensor, mask_token_id: 
         left = (~gone & attention.bool()).sum(-1)
         erased["attention_mask"] = (torch.arange(width, device=left.device) < left[:, None]).to(attention.dtype)
     return erased
+
+
+def mean_interval(scores, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Return the columns mean, low, high of each column of `scores` (inputs, methods): percentile bootstrap over inputs.
+
+    All methods share the same resamples of the inputs, as a paired comparison wants it.
+    """
+    scores = pd.DataFrame(scores)
+    result = scipy.stats.bootstrap(
+        (scores.to_numpy(),), np.mean, axis=0, confidence_level=confidence, n_resamples=n_resamples,
+        method="percentile", rng=np.random.default_rng(seed), batch=100,
+    )  # fmt: skip
+    low, high = result.confidence_interval
+    return pd.DataFrame({"mean": scores.mean(), "low": low, "high": high}, index=scores.columns)
 
 
 def _check_erasure(attributions: torch.Tensor, players: torch.Tensor, ks: Sequence[float]) -> None:

@@ -56,6 +56,17 @@ def load_text_classifier(model_id: str = SENTIMENT_MODEL, device: str = "auto"):
     return model.to(resolve_device(device)).eval().requires_grad_(False), tokenizer
 
 
+def load_text_classifiers(model_ids: Sequence[str], sets: Sequence[str], device: str = "auto") -> dict:
+    """Return {set: (model, tokenizer)} for one model that serves all sets, or one for each; equal ids load once.
+
+    Raises ValueError where their numbers do not fit.
+    """
+    if len(model_ids) not in (1, len(sets)):
+        raise ValueError(f"{len(model_ids)} model_ids for {len(sets)} sets; give one for all, or one for each")
+    loaded = {model_id: load_text_classifier(model_id, device) for model_id in dict.fromkeys(model_ids)}
+    return {name: loaded[model_ids[index % len(model_ids)]] for index, name in enumerate(sets)}
+
+
 def load_image_classifier(model_id: str, device: str = "auto"):
     """Load an image classifier of the ViT kind and its processor; arguments and errors as for text."""
     folder = _find_model(model_id)
@@ -97,6 +108,19 @@ def token_players(inputs, tokenizer) -> torch.Tensor:
     frame = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
     frame = torch.tensor(sorted(frame - {None}), device=inputs["input_ids"].device)
     return inputs["attention_mask"].bool() & ~torch.isin(inputs["input_ids"], frame)
+
+
+def word_groups(inputs, row: int, text: str) -> list[tuple[str, list[int]]]:
+    """Return the words of one encoded text with the positions of their tokens, in reading order.
+
+    Shapley values are additive over players, so a word's attribution is the sum over its positions.
+    """
+    groups: dict[int, list[int]] = {}
+    for position, word in enumerate(inputs.word_ids(row)):
+        if word is not None:
+            groups.setdefault(word, []).append(position)
+    spans = [inputs.word_to_chars(row, word) for word in groups]
+    return [(text[span.start : span.end], positions) for span, positions in zip(spans, groups.values(), strict=True)]
 
 
 def patch_players(model, inputs) -> torch.Tensor:
@@ -161,6 +185,17 @@ def resolve_target(model, logits: torch.Tensor, target=None) -> torch.Tensor:
     if ((target < 0) | (target >= n_classes)).any():
         raise ValueError(f"target {target.tolist()} lies outside this model's {n_classes} classes")
     return target
+
+
+def check_labels(model, rows, name: str) -> None:
+    """Raise ValueError where a data set's labels are no class numbers of the model; `rows` has a ClassLabel column."""
+    names, n_classes = rows.features["label"].names, model.config.num_labels
+    outside = sorted({label for label in rows["label"] if not 0 <= label < n_classes})
+    if outside:
+        raise ValueError(
+            f"set {name!r} has labels {outside} ({len(names)} classes: {', '.join(names)}), but the model knows "
+            f"{n_classes}: {', '.join(map(str, model.config.id2label.values()))}; choose a model trained for this set"
+        )
 
 
 @contextmanager
@@ -250,4 +285,6 @@ def _load_adapter(folder: str):
         model = _from_pretrained(AutoModelForSequenceClassification, base, config=config, attn_implementation="eager")
     finally:
         logging.set_verbosity(verbosity)
-    return PeftModel.from_pretrained(model, folder).merge_and_unload(), base
+    with warnings.catch_warnings():  # peft reads an attribute that transformers is about to rename
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return PeftModel.from_pretrained(model, folder).merge_and_unload(), base

@@ -4,7 +4,7 @@ import json
 import platform
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,6 +46,9 @@ class Cost:
     forward_seconds: float = 0.0
     forwards: int = 0
     backwards: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
     python data/models/sentiment_minilm/train.py
 
 reads the training split of all four VADER domains, writes adapter, head and the held-out accuracies beside
-this file. Two CPU cores take about 8 minutes an epoch.
+this file. Two epochs take 17 minutes on one CPU core.
 """
 
 import json
@@ -52,7 +52,7 @@ def accuracy(model, tokenizer, domain: str) -> float:
     """Return the share of held-out sentences of `domain` that the model labels as people did."""
     rows = load_sentences(domain, "test")
     hits = 0
-    for batch in rows.batch(64):
+    for batch in rows.iter(64):
         inputs = tokenizer(batch["text"], padding=True, truncation=True, return_tensors="pt").to(model.device)
         hits += (model(**inputs).logits.argmax(-1).cpu() == torch.tensor(batch["label"])).sum().item()
     return hits / len(rows)
@@ -89,6 +89,7 @@ def main(epochs: int, rank: int, learning_rate: float, batch_size: int, seed: in
             progress.set_postfix(loss=f"{loss.item():.3f}")
     model.peft_config["default"].base_model_name_or_path = PIP_MODEL
     model.save_pretrained(HERE)
+    (HERE / "README.md").unlink()  # peft's blank model card; this docstring says what there is to say
     base.config.save_pretrained(HERE)
     model, tokenizer = load_text_classifier(str(HERE), device)
     accuracies = {domain: round(accuracy(model, tokenizer, domain), 4) for domain in (*VADER_MEMBERS, "movies_short")}
