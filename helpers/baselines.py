@@ -1,6 +1,7 @@
 """The explanations that attention games are compared with: from attention, from gradients, from erased inputs.
 
-Every function returns attributions (batch, tokens). Those that take `players` are zero off them.
+Every function returns attributions (batch, tokens). Those that take `players` are zero off them. `mask_token_id` and
+`operator` say what erasing does, to tokens or to patches, as in `faithfulness.erasure_curves`.
 """
 
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ import torch
 from tqdm.auto import tqdm
 
 from helpers.faithfulness import erased_probabilities
+from helpers.images import replacement_pixels, sum_over_patches
 from helpers.models import AttentionMaps, encode, fast_attention, resolve_target, token_players
-from helpers.shapley import enumerate_shapley
+from helpers.shapley import enumerate_shapley, sampled_shapley
 
 
 def attention_row_sum(maps: AttentionMaps) -> torch.Tensor:
@@ -73,6 +75,24 @@ def shapley_input(
             f"input {row} has {counts[row]} players, 2**{counts[row]} forwards; the limit is max_players={max_players}: "
             "shorten the input, raise the limit, or estimate with sampled_shapley"
         )
+    solve = lambda value, n, row: enumerate_shapley(value, n, max_players)  # noqa: E731
+    return _solve_input_game(model, inputs, players, mask_token_id, target, operator, progress, solve)
+
+
+def shapley_input_sampled(
+    model, inputs, players: torch.Tensor, mask_token_id: int, target=None, n_permutations: int = 10,
+    operator: str = "mask", seed: int = 0, progress: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Return unbiased estimates of `shapley_input` for any number of players: permutation sampling of shapiq.
+
+    Costs n_permutations · (n − 1) + 2 forwards for n players; input i draws its orders with seed + i.
+    """
+    solve = lambda value, n, row: sampled_shapley(value, n, max(n + 1, n_permutations * (n - 1) + 2), seed + row)  # noqa: E731
+    return _solve_input_game(model, inputs, players, mask_token_id, target, operator, progress, solve)
+
+
+def _solve_input_game(model, inputs, players, mask_token_id, target, operator, progress, solve) -> torch.Tensor:
+    """Return the Shapley values, by solve(value, n, row), of the game whose payoff is the probability of a partial input."""
     target = _explained_class(model, inputs, target)
     attributions = torch.zeros(players.shape, device=players.device)
     for row, playing in enumerate(tqdm(players, desc="Shapley-Input", disable=not progress, leave=False)):
@@ -83,7 +103,7 @@ def shapley_input(
             rows = torch.full((len(coalitions),), row, device=playing.device)
             return erased_probabilities(model, inputs, rows, keep, mask_token_id, operator)[:, target[row]]
 
-        attributions[row, playing] = enumerate_shapley(value, counts[row], max_players)
+        attributions[row, playing] = solve(value, int(playing.sum()), row).to(attributions)
     return attributions
 
 
@@ -107,29 +127,35 @@ def leave_one_out(
 def integrated_gradients(
     model, inputs, players: torch.Tensor, mask_token_id: int, target=None, n_steps: int = 20, batch_size: int = 32
 ) -> torch.Tensor:
-    """Return integrated gradients of the explained class's probability from an input whose players are all [MASK].
+    """Return integrated gradients of the explained class's probability from an input whose players are all erased.
 
-    Captum integrates over the embeddings with `n_steps` points and sums over their width. Source: Sundararajan et al. (2017).
+    Captum integrates over the embeddings, or the pixels, with `n_steps` points; each token gets the sum over its width,
+    each patch the sum over its pixels. The start is [MASK] at every player, or the colour `mask_token_id` all over.
+    Source: Sundararajan et al. (2017).
     """
-    from captum.attr import LayerIntegratedGradients  # heavy, and only this function needs it
+    from captum.attr import IntegratedGradients, LayerIntegratedGradients  # heavy, and only this function needs it
 
     target = _explained_class(model, inputs, target)
-    rest = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
+    images = "pixel_values" in inputs
+    changing = "pixel_values" if images else "input_ids"
+    rest = {name: tensor for name, tensor in inputs.items() if name != changing}
 
-    def probability(ids, *others):
-        return model(input_ids=ids, **dict(zip(rest, others, strict=True))).logits.softmax(-1)
+    def probability(changed, *others):
+        return model(**{changing: changed}, **dict(zip(rest, others, strict=True))).logits.softmax(-1)
 
-    method = LayerIntegratedGradients(probability, model.get_input_embeddings())
+    method = IntegratedGradients(probability) if images else None
+    method = method or LayerIntegratedGradients(probability, model.get_input_embeddings())
     attributions = []
     for start in range(0, len(players), batch_size):
         part = slice(start, start + batch_size)
-        ids = inputs["input_ids"][part]
+        whole = inputs[changing][part]
+        erased = replacement_pixels(whole, mask_token_id) if images else whole.masked_fill(players[part], mask_token_id)
         with fast_attention(model):
-            over_embeddings = method.attribute(
-                ids, ids.masked_fill(players[part], mask_token_id), target=target[part], n_steps=n_steps,
+            fine = method.attribute(
+                whole, erased, target=target[part], n_steps=n_steps,
                 additional_forward_args=tuple(tensor[part] for tensor in rest.values()), internal_batch_size=4 * batch_size,
-            )  # fmt: skip
-        attributions.append(over_embeddings.sum(-1).detach())
+            ).detach()  # fmt: skip
+        attributions.append(sum_over_patches(model, fine) if images else fine.sum(-1))
     return torch.cat(attributions).to(model.dtype) * players
 
 
@@ -178,7 +204,8 @@ def _explained_class(model, inputs, target) -> torch.Tensor:
     if target is None or isinstance(target, str):
         with torch.inference_mode(), fast_attention(model):
             return resolve_target(model, model(**inputs).logits, target).clone()
-    return resolve_target(model, torch.zeros(len(inputs["input_ids"]), model.config.num_labels, device=model.device), target)
+    batch = len(next(iter(inputs.values())))
+    return resolve_target(model, torch.zeros(batch, model.config.num_labels, device=model.device), target)
 
 
 def _last_character(tokenizer, text: str, n_tokens: int) -> int:

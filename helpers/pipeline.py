@@ -59,6 +59,8 @@ def plan_run(profile: str, only: list[str] | None = None, overrides: dict | None
     chosen = [name for name in names if not only or name in only]
     types = {name: notebook_parameters(name) for name in chosen}
     known_by_any = {parameter for found in types.values() for parameter in found}
+    for parameter in content.get("all", {}):
+        _check_known(parameter, {known for name in names for known in notebook_parameters(name)}, "parameter")
     for parameter in overrides:
         _check_known(parameter, known_by_any, "parameter")
     plan = {}
@@ -156,6 +158,8 @@ def run(profile: str, pairs: tuple, only: tuple, output: Path | None) -> None:
         raise click.UsageError(str(error)) from error
     in_place = profile == "default" and not pairs
     folder = project_path(output or ("." if in_place else Path("runs", Path(profile).stem))).resolve()
+    if folder == PROJECT_ROOT and not in_place:
+        raise click.UsageError("only the default profile with nothing overridden refreshes the collection; choose another --output")
     for name, parameters in plan.items():
         try:
             click.echo(f"{name} -> {run_notebook(name, parameters, folder)}")

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 PAGE = 7.2  # inches, the width of a printed page's text
 FAMILY_COLORS = {"attention": "#2c6fbb", "gradient": "#2a8c55", "input": "#c0392b", "none": "#7f7f7f"}
 SIGNED = "RdBu_r"  # centred on zero: red speaks for the class, blue against it
+UNSIGNED = "viridis"
 
 STYLE = {
     "font.size": 8,
@@ -65,6 +66,7 @@ def token_strips(
                 ink = "white" if np.dot(color[:3], (0.299, 0.587, 0.114)) < 0.5 else "black"
                 axis.text(left + width / 2, top + down + 0.5, token, ha="center", va="center", fontsize=6.5, color=ink)
     bar = figure.colorbar(scale, ax=axes[:, 0].tolist(), orientation="horizontal", aspect=60, pad=0.02, shrink=0.6)
+    bar.ax.tick_params(labelsize=6.5)
     bar.set_label("attribution / largest |attribution| of the row", fontsize=7)
     return figure, axes[:, 0]
 
@@ -112,3 +114,57 @@ def method_strips(
         axis.tick_params(axis="y", length=0, labelsize=6.5)
     figure.supxlabel(label or measure, fontsize=8)
     return figure, axes[0]
+
+
+def patch_heatmaps(
+    rows: Sequence[tuple[str, np.ndarray, Mapping[str, np.ndarray]]], shared: bool = False,
+    outlines: Sequence[np.ndarray] | None = None, unsigned: Mapping[str, str] | None = None,
+) -> tuple[plt.Figure, np.ndarray]:  # fmt: skip
+    """Draw images as rows and methods as columns of patch heatmaps, all on one signed colour scale.
+
+    rows      (title, image, {method: attribution of each patch, (rows, columns)}) each; image in uint8 or [0, 1]
+    shared    divide all maps of a column by the largest absolute value in it, to compare them; else each map by its own
+    outlines  bool mask (height, width) of each row, whose border is drawn over the maps
+    unsigned  {column: unit} of columns with positive quantities: a scale of their own, from 0 to the column's largest
+
+    Zero is white and stays where it is; every patch is one flat square. Returns the figure and axes (rows, 1 + methods).
+    """
+    unsigned = unsigned or {}
+    methods = list(rows[0][2])
+    side = (PAGE - 0.3) / (1 + len(methods))
+    figure, axes = plt.subplots(
+        len(rows), 1 + len(methods), figsize=(PAGE, side * len(rows) + 0.85), squeeze=False, layout="constrained"
+    )
+    largest = {method: max(np.abs(maps[method]).max() for *_, maps in rows) for method in methods}
+    for row, (title, image, maps) in enumerate(rows):
+        height, width = np.shape(image)[:2]
+        axes[row, 0].imshow(image, interpolation="nearest")
+        axes[row, 0].set_ylabel(title, fontsize=7)
+        for axis, (method, values) in zip(axes[row, 1:], maps.items(), strict=True):
+            values = np.asarray(values, dtype=float)
+            top = largest[method] if shared or method in unsigned else np.abs(values).max()
+            low, colors = (0, UNSIGNED) if method in unsigned else (-1, SIGNED)
+            axis.imshow(values / (top or 1), colors, vmin=low, vmax=1, extent=(0, width, height, 0), interpolation="nearest")
+            if outlines is not None and method not in unsigned:
+                centres = np.arange(width) + 0.5, np.arange(height) + 0.5
+                axis.contour(*centres, outlines[row], levels=[0.5], colors="black", linewidths=0.5)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    axes[0, 0].set_title("image", fontsize=6.5)
+    for axis, method in zip(axes[0, 1:], methods, strict=True):
+        axis.set_title(method.replace("Att-", "Att-\n").replace(" ", "\n"), fontsize=6.5)
+    signed = [index for index, method in enumerate(methods, 1) if method not in unsigned]
+    _bar_below(figure, axes[:, signed], SIGNED, -1, f"attribution / largest |attribution| of the {'column' if shared else 'map'}")
+    for method, unit in unsigned.items():
+        _bar_below(figure, axes[:, 1 + methods.index(method)], UNSIGNED, 0, unit)
+    return figure, axes
+
+
+def _bar_below(figure, axes: np.ndarray, colors: str, low: float, label: str) -> None:
+    """Put a horizontal colour bar under some columns."""
+    scale = ScalarMappable(Normalize(low, 1), colors)
+    bar = figure.colorbar(scale, ax=list(axes.flat), orientation="horizontal", fraction=0.03, pad=0.02, aspect=50, shrink=0.8)
+    bar.set_label(label, fontsize=6.5)
+    bar.ax.tick_params(labelsize=6.5)
+    bar.set_ticks([0, 0.5, 1] if low == 0 else [-1, -0.5, 0, 0.5, 1])

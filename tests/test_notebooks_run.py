@@ -1,0 +1,108 @@
+"""Every notebook runs on the smoke profile into a folder of its own, its numbers keep their invariants, its figures show."""
+
+import hashlib
+import json
+import math
+import re
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.pipeline import FIGURES, NOTEBOOKS, notebook_names, plan_run, run_notebook
+
+
+def fingerprint():
+    """Hashes of the collection's own notebooks and figures; a folder of a run that is under way does not count."""
+    files = [path for folder in (NOTEBOOKS, FIGURES) for path in folder.rglob("*") if path.is_file()]
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files if not any(part.startswith(".running") for part in path.parts)
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """The folder that all notebooks of the run share."""
+    return tmp_path_factory.mktemp("smoke")
+
+
+@pytest.fixture(scope="module")
+def before():
+    return fingerprint()
+
+
+@pytest.fixture(scope="module", params=notebook_names())
+def finished(request, output, before):
+    """Each notebook in running order: (name, executed notebook, its results, folder of figures)."""
+    parameters = plan_run("smoke", only=[request.param])[request.param]
+    executed = nbformat.read(run_notebook(request.param, parameters, output), as_version=4)
+    results = json.loads((output / "figures" / "results" / f"{request.param}.json").read_text(encoding="utf8"))
+    return request.param, executed, results, output / "figures"
+
+
+def numbers(part):
+    """Every number of nested results."""
+    if isinstance(part, dict | list):
+        return [number for inner in (part.values() if isinstance(part, dict) else part) for number in numbers(inner)]
+    return [part] if isinstance(part, int | float) else []
+
+
+def check_nlp_shapley(results):
+    assert results["closed_form_error"] < 1e-12
+    assert results["accuracy"] and all(0.5 < accuracy <= 1 for accuracy in results["accuracy"].values())
+    for rows in results["faithfulness"].values():
+        assert rows["Att (row sum, constant)"]["comp mean"] == 0
+        for name, row in rows.items():
+            assert -1 <= row["comp mean"] <= 1 and -1 <= row["suff mean"] <= 1
+            assert 0 <= row["F1 macro"] <= 1 and 0 <= row["F1 weighted"] <= 1
+            if name.startswith(("Shapley-Att", "Att", "Shapley-Grad", "Grad-SAM")):
+                assert row["forwards"] == 1 and row["backwards"] == ("Grad" in name)
+        games = [name for name in rows if re.fullmatch(r"Shapley-(Grad-)?Att-(CLS|Mutual|Max-Mutual)", name)]
+        assert len(games) == 6
+    assert {"Shapley-Input", "SHAP (signed)", "SHAP (absolute)"} <= set(next(iter(results["faithfulness"].values())))
+    correlations = numbers(results["sampling_rank_correlation"])
+    assert len(correlations) >= 3 and all(-1 <= correlation <= 1 for correlation in correlations)
+
+
+INVARIANTS = {"01_nlp_shapley": check_nlp_shapley}
+
+
+def test_all_cells_ran_without_error_into_a_clean_notebook(finished):
+    _, executed, _, _ = finished
+    code = [cell for cell in executed.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
+    assert "papermill" not in executed.metadata
+
+
+def test_results_are_finite_numbers_that_keep_their_invariants(finished):
+    name, _, results, _ = finished
+    assert numbers(results) and all(math.isfinite(number) for number in numbers(results))
+    INVARIANTS.get(name, lambda results: None)(results)
+
+
+def test_every_figure_is_there_for_reading_and_print_and_is_not_blank(finished):
+    name, executed, _, figures = finished
+    source = "\n".join(cell.source for cell in executed.cells if cell.cell_type == "code")
+    named = set(re.findall(r'save_figure\(.*?figures, "(\w+)"\)', source))
+    found = {path.stem for path in figures.glob(f"{name[:2]}_*.png")}
+    assert named and named <= found
+    for figure in found:
+        with Image.open(figures / f"{figure}.png") as image:
+            pixels = np.asarray(image.convert("L"), dtype=float)
+        assert min(pixels.shape) > 200 and pixels.std() > 8, figure
+        assert (pixels < 128).mean() > 0.002 and len(np.unique(pixels)) > 30, figure
+        pdf = (figures / f"{figure}.pdf").read_bytes()
+        assert pdf.startswith(b"%PDF") and len(pdf) > 5_000, figure
+
+
+def test_figures_are_shown_in_the_notebook_too(finished):
+    _, executed, _, _ = finished
+    outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_the_collection_itself_is_left_as_it_was(finished, before):
+    assert before and fingerprint() == before

@@ -1,0 +1,191 @@
+"""Every committed notebook keeps to the template: opening, budgets, clean outputs, numbers that stand in its results file."""
+
+import ast
+import json
+import re
+from functools import cache
+from statistics import median
+
+import nbformat
+import papermill
+import pytest
+
+from helpers.pipeline import FIGURES, NOTEBOOKS, notebook_names
+
+COLLECTION = ["01_nlp_shapley", "02_vit_shapley", "03_concept_training", "04_tcav", "05_comparisons"]
+MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(home|root|tmp|work|Users|opt|mnt|var)/\w|[A-Z]:\\\\")
+pytestmark = pytest.mark.parametrize("name", notebook_names())
+
+
+@cache
+def read(name):
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def code_cells(name):
+    return [cell for cell in read(name).cells if cell.cell_type == "code"]
+
+
+def prose(name):
+    return [cell.source for cell in read(name).cells if cell.cell_type == "markdown"]
+
+
+def parameters_cell(name):
+    [cell] = [cell for cell in read(name).cells if "parameters" in cell.metadata.get("tags", [])]
+    return cell
+
+
+def written(output):
+    """What an output says in words; pictures left out."""
+    parts = [output.get("text", ""), *(v for kind, v in output.get("data", {}).items() if not kind.startswith("image"))]
+    return "\n".join(map(str, parts))
+
+
+def saved(name, kind):
+    """Names of the figures or tables that a notebook's code saves."""
+    return re.findall(rf'save_{kind}\(.*?figures, "(\w+)"\)', "\n".join(cell.source for cell in code_cells(name)))
+
+
+# Opening
+
+
+def test_opens_with_title_question_method_and_run_time(name):
+    first = next(i for i, cell in enumerate(read(name).cells) if cell.cell_type == "code")
+    opening = "\n".join(cell.source for cell in read(name).cells[:first])
+    assert opening.startswith("# ") and "run time" in opening.lower() and "you will see" in opening.lower()
+    assert re.search(r"\(\d{4}\b|et al\.|arxiv\.org", opening), "the method needs its citation"
+
+
+def test_code_opens_with_imports_parameters_then_validation_and_versions(name):
+    imports, parameters, checks = code_cells(name)[:3]
+    assert all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in ast.parse(imports.source).body)
+    assert parameters is parameters_cell(name)
+    assert "raise ValueError" in checks.source or "check_" in checks.source
+    [versions] = [output for output in checks.outputs if "python 3." in written(output)]
+    assert "torch " in written(versions) and versions.text.count("\n") == 1
+
+
+def test_parameters_are_literals_that_papermill_can_list_with_type_and_help(name):
+    lines = parameters_cell(name).source.splitlines()
+    listed = papermill.inspect_notebook(str(NOTEBOOKS / f"{name}.ipynb"))
+    assert len(listed) == len(lines) > 3
+    for line, (parameter, about) in zip(lines, listed.items(), strict=True):
+        [statement] = ast.parse(line).body
+        value = ast.literal_eval(statement.value)
+        assert statement.target.id == parameter and about["help"], line
+        assert type(value).__name__ == about["inferred_type_name"].split("[")[0], line
+        assert ast.literal_eval(about["default"]) == value, line
+    assert {"device", "seed", "figures_dir"} <= set(listed)
+
+
+def test_later_imports_are_none(name):
+    for cell in code_cells(name)[1:]:
+        nodes = ast.walk(ast.parse(cell.source))
+        assert not [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)], cell.source
+
+
+def test_neighbours_are_named_and_links_lead_somewhere(name):
+    place = COLLECTION.index(name)
+    texts = prose(name)
+    opening, closing = "\n".join(texts[:2]), "\n".join(texts[-2:])
+    if place > 0:
+        assert COLLECTION[place - 1] in opening, "the previous notebook is not named at the top"
+    if place < len(COLLECTION) - 1:
+        assert COLLECTION[place + 1] in opening + closing, "the next notebook is not named"
+    for target in re.findall(r"\]\((?!https?:|#|mailto:|attachment:)([^)]+)\)", "\n".join(texts)):
+        known = target.removesuffix(".ipynb") in COLLECTION or (NOTEBOOKS / target).exists()
+        assert known, f"the link to {target} leads nowhere"
+    for named in re.findall(r"\b0\d_[a-z_]+", "\n".join(texts)):
+        assert named in COLLECTION or any(named in saved(name, kind) for kind in ("figure", "table")), named
+
+
+# Budgets
+
+
+def test_length_and_share_of_prose_are_within_budget(name):
+    cells = read(name).cells
+    assert 25 <= len(cells) <= 60
+    assert 0.45 <= len(prose(name)) / len(cells) <= 0.60
+
+
+def test_code_cells_are_short_and_never_more_than_three_in_a_row(name):
+    sizes = [len(cell.source.splitlines()) for cell in code_cells(name)]
+    assert median(sizes) <= 8 and max(sizes) <= 40
+    kinds = "".join(cell.cell_type[0] for cell in read(name).cells)
+    assert "cccc" not in kinds
+
+
+def test_every_saved_figure_is_read_in_words_right_after(name):
+    cells = read(name).cells
+    for cell, after, later in zip(cells, cells[1:], cells[2:], strict=False):
+        if "save_figure(" in cell.source:
+            assert "markdown" in (after.cell_type, later.cell_type), cell.source
+
+
+def test_prose_holds_no_placeholder(name):
+    text = "\n".join(prose(name))
+    assert not re.search(r"TODO|FIXME|XXX|TBD|\?\?", text)
+    assert not re.search(r"^\W*[A-Z]{4,}\W*$", text, re.MULTILINE)
+
+
+# Outputs
+
+
+def test_cells_ran_once_from_top_to_bottom(name):
+    counts = [cell.execution_count for cell in code_cells(name)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def test_no_error_no_stderr_and_no_progress_bar_in_the_outputs(name):
+    for cell in code_cells(name):
+        for output in cell.outputs:
+            assert output.output_type != "error" and output.get("name") != "stderr", written(output)
+            assert "it/s]" not in written(output) and "widget-view" not in str(output.get("data", {}).keys())
+
+
+def test_no_path_of_a_machine_in_source_or_outputs(name):
+    notebook = read(name)
+    texts = [cell.source for cell in notebook.cells] + [str(notebook.metadata)]
+    texts += [written(output) for cell in code_cells(name) for output in cell.outputs]
+    found = [match.group() for text in texts for match in MACHINE_PATH.finditer(text)]
+    assert not found
+
+
+def test_no_bookkeeping_of_papermill_is_left(name):
+    notebook = read(name)
+    assert "papermill" not in notebook.metadata and "widgets" not in notebook.metadata
+    for cell in notebook.cells:
+        assert not {"papermill", "execution"} & set(cell.metadata)
+        assert "injected-parameters" not in cell.metadata.get("tags", [])
+    nbformat.validate(notebook)
+
+
+def test_file_is_small_and_has_outputs_to_read(name):
+    assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size <= 500_000
+    outputs = [output for cell in code_cells(name) for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert all("error" not in output.output_type for output in outputs)
+
+
+# Figures and results
+
+
+def test_every_figure_and_table_that_the_code_saves_is_committed(name):
+    figures, tables = saved(name, "figure"), saved(name, "table")
+    assert figures and tables
+    for figure in figures:
+        assert figure.startswith(name[:2])
+        assert (FIGURES / f"{figure}.png").stat().st_size > 5_000 and (FIGURES / f"{figure}.pdf").stat().st_size > 5_000
+    for table in tables:
+        assert table.startswith(name[:2]) and (FIGURES / f"{table}.csv").read_text().count("\n") > 2
+
+
+def test_last_cell_saves_the_results_and_quotes_them(name):
+    last = code_cells(name)[-1]
+    results = json.loads((FIGURES / "results" / f"{name}.json").read_text())
+    assert "save_results(" in last.source and f'"{name}"' in last.source
+    printed = "".join(written(output) for output in last.outputs)
+    assert f"{name}.json" in printed
+    quoted = [ast.literal_eval(match) for match in re.findall(r"\{[^{}]*\}", printed)]
+    parts = [results, *(part for part in results.values() if isinstance(part, dict))]
+    assert quoted and all(quote in parts for quote in quoted)

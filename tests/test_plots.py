@@ -1,0 +1,158 @@
+"""Figures show the numbers that they are given: as many marks, the right colours, the right places; nothing is saved."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_rgba
+from matplotlib.patches import Rectangle
+
+from helpers import plots
+
+TOKENS = ["not", "a", "bad", "film"]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Draw in an empty folder with nothing left open, and find it empty afterwards."""
+    monkeypatch.chdir(tmp_path)
+    with plt.rc_context():
+        yield
+    plt.close("all")
+    assert not list(tmp_path.iterdir())
+
+
+def boxes(axis):
+    return [patch for patch in axis.patches if isinstance(patch, Rectangle)]
+
+
+def colors(values):
+    """The colours that one row of tokens gets."""
+    _, axes = plots.token_strips([("film", TOKENS[: len(values)], {"method": values})])
+    return np.array([box.get_facecolor()[:3] for box in boxes(axes[0])])
+
+
+# Token strips
+
+
+def test_each_method_has_a_box_and_a_name_for_each_token():
+    methods = {"cls": [0.1, 0.2, 0.3, 0.4], "mutual": [1, -1, 0, 2]}
+    figure, axes = plots.token_strips([("first", TOKENS, methods), ("second", TOKENS[:2], {"cls": [1, 2]})])
+    assert [len(boxes(axis)) for axis in axes] == [8, 2]
+    words = [text.get_text() for text in axes[0].texts]
+    assert words == ["first", "cls", *TOKENS, "mutual", *TOKENS]
+    assert len(figure.axes) == 3 and "attribution" in figure.axes[2].get_xlabel()  # one colour bar for all sentences
+
+
+def test_zero_is_white_and_the_sign_decides_between_red_and_blue():
+    negative, zero, positive, largest = colors([-0.5, 0.0, 0.5, 1.0])
+    assert zero.min() > 0.95
+    assert negative[2] > negative[0] + 0.3 and positive[0] > positive[2] + 0.3
+    assert largest[0] > largest[2] and largest.sum() < positive.sum()  # darker
+
+
+def test_opposite_values_are_equally_strong_and_the_unit_does_not_matter():
+    np.testing.assert_allclose(colors([1, -1]), [plots.plt.get_cmap("RdBu_r")(x)[:3] for x in (1.0, 0.0)])
+    np.testing.assert_allclose(colors([0.002, -0.001]), colors([200, -100]))
+
+
+def test_constant_positive_row_is_one_colour_and_an_all_zero_row_white():
+    assert len(np.unique(colors([0.3, 0.3, 0.3]), axis=0)) == 1
+    assert colors([0, 0, 0]).min() > 0.95
+
+
+def test_long_sentences_break_into_lines_without_overlap():
+    tokens = [f"token{i}" for i in range(60)]
+    _, axes = plots.token_strips([("long", tokens, {"one": np.arange(60), "two": -np.arange(60)})])
+    spans = [(box.get_y(), box.get_x(), box.get_x() + box.get_width()) for box in boxes(axes[0])]
+    assert len({y for y, _, _ in spans}) > 8
+    assert max(right for _, _, right in spans) <= axes[0].get_xlim()[1] and max(spans)[0] + 0.88 <= axes[0].get_ylim()[0]
+    for (y, _, right), (next_y, left, _) in zip(spans, spans[1:], strict=False):
+        assert right <= left or next_y > y + 0.88
+
+
+def test_ink_is_legible_on_dark_and_light_boxes():
+    _, axes = plots.token_strips([("film", TOKENS, {"method": [1.0, 0.0, -1.0, 0.1]})])
+    assert [text.get_color() for text in axes[0].texts[2:]] == ["white", "black", "white", "black"]
+
+
+# Method strips
+
+
+@pytest.fixture
+def strips():
+    """Two sets, three methods of different families, 5 inputs each; made-up scores and intervals: (figure, axes, both)."""
+    families = {"Shapley-Att-CLS": "attention", "Grad-SAM": "gradient", "Random": "none"}
+    rng = np.random.default_rng(0)
+    scores = pd.DataFrame(
+        [
+            {"set": name, "method": method, "family": family, "comp": rng.normal()}
+            for name in ("movies", "nyt") for method, family in families.items() for _ in range(5)
+        ]
+    )  # fmt: skip
+    grouped = scores.groupby(["set", "method", "family"], sort=False)["comp"].mean().rename("mean").reset_index()
+    intervals = grouped.assign(low=grouped["mean"] - 0.1, high=grouped["mean"] + 0.2)
+    return *plots.method_strips(scores, intervals, "comp", "comprehensiveness"), scores, intervals
+
+
+def dots(axis):
+    """[(x, y, colour)] of every dot."""
+    return [
+        (x, y, tuple(collection.get_facecolors()[min(i, len(collection.get_facecolors()) - 1)][:3]))
+        for collection in axis.collections if isinstance(collection, PathCollection)
+        for i, (x, y) in enumerate(collection.get_offsets())
+    ]  # fmt: skip
+
+
+def test_every_input_is_a_dot_at_its_score_in_its_methods_strip(strips):
+    _, axes, scores, _ = strips
+    for axis, name in zip(axes, ("movies", "nyt"), strict=True):
+        part = scores[scores["set"] == name]
+        for place, method in enumerate(part["method"].unique()):
+            drawn = sorted(x for x, y, _ in dots(axis) if round(y) == place)
+            np.testing.assert_allclose(drawn, sorted(part.loc[part["method"] == method, "comp"]))
+
+
+def test_dots_have_the_colour_of_their_family(strips):
+    _, axes, _, _ = strips
+    for place, family in enumerate(("attention", "gradient", "none")):
+        found = {color for _, y, color in dots(axes[0]) if round(y) == place}
+        assert found == {to_rgba(plots.FAMILY_COLORS[family])[:3]}
+
+
+def test_a_line_marks_each_mean_and_a_box_its_interval(strips):
+    _, axes, _, intervals = strips
+    for axis, name in zip(axes, ("movies", "nyt"), strict=True):
+        part = intervals[intervals["set"] == name].reset_index()
+        marks = [line.get_xydata() for line in axis.lines if line.get_xdata()[0] != 0]
+        assert len(marks) == 3
+        for place, (mark, row) in enumerate(zip(marks, part.itertuples(), strict=True)):
+            np.testing.assert_allclose(mark[:, 0], row.mean)
+            assert mark[:, 1].mean() == pytest.approx(place)
+        bands = [c.get_paths()[0].vertices for c in axis.collections if not isinstance(c, PathCollection)]
+        for place, (band, row) in enumerate(zip(bands, part.itertuples(), strict=True)):
+            assert (band[:, 0].min(), band[:, 0].max()) == pytest.approx((row.low, row.high))
+            assert (band[:, 1].min() + band[:, 1].max()) / 2 == pytest.approx(place)
+
+
+def test_panels_name_set_size_method_and_measure(strips):
+    figure, axes, _, _ = strips
+    assert [axis.get_title() for axis in axes] == ["movies (n = 5)", "nyt (n = 5)"]
+    figure.canvas.draw()
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["Shapley-Att-CLS", "Grad-SAM", "Random"]
+    assert figure.get_supxlabel() == "comprehensiveness"
+
+
+def test_method_missing_from_one_set_leaves_its_strip_empty():
+    scores = pd.DataFrame({"set": ["a", "a", "b"], "method": ["x", "y", "x"], "family": "input", "comp": [1.0, 2.0, 3.0]})
+    intervals = scores.rename(columns={"comp": "mean"}).assign(low=0.0, high=4.0)
+    _, axes = plots.method_strips(scores, intervals, "comp")
+    assert [round(y) for _, y, _ in dots(axes[0])] == [0, 1] and [round(y) for _, y, _ in dots(axes[1])] == [0]
+
+
+def test_style_is_set_only_on_request():
+    before = plt.rcParams["font.size"]
+    plt.rcParams["font.size"] = before + 3
+    plots.use_style()
+    assert plt.rcParams["font.size"] == 8 and plt.rcParams["pdf.fonttype"] == 42

@@ -1,0 +1,105 @@
+"""Passes are counted as they happen, and what a run leaves behind is readable."""
+
+import json
+import math
+import os
+import time
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+from conftest import SENTENCES
+from PIL import Image
+
+from helpers import runtime
+from helpers.models import encode, fast_attention, read_attention
+
+
+@pytest.mark.parametrize(("gradients", "backwards"), [(False, 0), (True, 3)])
+def test_reading_attention_costs_one_forward_and_at_most_one_backward_an_input(model, tokenizer, gradients, backwards):
+    inputs = encode(SENTENCES, tokenizer, model)
+    with runtime.measure_cost(model) as cost:
+        read_attention(model, inputs, gradients=gradients)
+    assert (cost.forwards, cost.backwards) == (3, backwards)
+    assert 0 < cost.forward_seconds < cost.seconds
+
+
+def test_passes_are_counted_only_inside_the_block_and_under_inference_mode(model, tokenizer):
+    inputs = encode(SENTENCES[:1], tokenizer, model)
+    model(**inputs)
+    with torch.inference_mode(), fast_attention(model), runtime.measure_cost(model) as cost:
+        model(**inputs)
+        model(**inputs)
+    model(**inputs)
+    assert (cost.forwards, cost.backwards) == (2, 0)
+
+
+def test_seconds_are_wall_clock_and_stand_also_after_an_error(model):
+    with pytest.raises(KeyError), runtime.measure_cost(model) as cost:
+        time.sleep(0.02)
+        raise KeyError
+    assert 0.02 <= cost.seconds < 1 and not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_costs_add_up():
+    total = runtime.Cost(1.0, 0.5, 3, 2) + runtime.Cost(0.25, 0.25, 1, 0)
+    assert total == runtime.Cost(1.25, 0.75, 4, 2)
+
+
+def test_project_path_ignores_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert runtime.project_path("data/profiles").is_dir()
+    assert runtime.project_path(tmp_path / "here") == tmp_path / "here"
+    assert runtime.project_path("~/here") == runtime.Path(os.path.expanduser("~/here"))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x"])
+def test_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=f"device '{device}' is not available here; use 'auto' or 'cpu'"):
+        runtime.resolve_device(device)
+
+
+def test_cpu_and_auto_are_always_there():
+    assert runtime.resolve_device("cpu") == torch.device("cpu")
+    assert torch.zeros(1, device=runtime.resolve_device("auto")).sum() == 0
+
+
+def test_run_is_described_by_the_versions_that_are_installed():
+    line = runtime.describe_run("torch", "numpy")
+    assert f"torch {runtime.version('torch')}" in line and "python 3." in line and "\n" not in line
+
+
+def test_figure_is_written_as_png_and_pdf_with_the_same_bytes_each_time(tmp_path):
+    figure, axes = plt.subplots()
+    axes.plot([0, 1])
+    for folder in ("first", "second"):
+        runtime.save_figure(figure, tmp_path / folder / "deep", "line")
+    plt.close(figure)
+    for name in ("line.png", "line.pdf"):
+        first, second = (tmp_path / folder / "deep" / name for folder in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes()
+    with Image.open(tmp_path / "first" / "deep" / "line.png") as image:
+        assert image.width > 600 and image.convert("L").getextrema() == (0, 255)
+
+
+def test_table_reads_back(tmp_path):
+    table = pd.DataFrame({"comp": [0.123456789, 1.0]}, index=pd.Index(["Grad-SAM", "Random"], name="method"))
+    runtime.save_table(table, tmp_path / "new", "scores")
+    back = pd.read_csv(tmp_path / "new" / "scores.csv", index_col="method")
+    pd.testing.assert_frame_equal(back, table.round(6))
+
+
+def test_results_read_back(tmp_path):
+    results = {"accuracy": {"movies": 0.86}, "models": ["ä"]}
+    path = runtime.save_results(results, tmp_path, "01_nlp_shapley")
+    assert path == tmp_path / "results" / "01_nlp_shapley.json"
+    assert json.loads(path.read_text(encoding="utf8")) == results
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_results_that_are_no_number_are_refused_and_leave_the_old_file(tmp_path, bad):
+    path = runtime.save_results({"accuracy": 0.86}, tmp_path, "numbers")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        runtime.save_results({"accuracy": bad}, tmp_path, "numbers")
+    assert json.loads(path.read_text(encoding="utf8")) == {"accuracy": 0.86}
