@@ -1,0 +1,308 @@
+"""The concept world: same seed, same bytes; masks true to the pixel; a committed model that uses the concepts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from helpers import concept_world as world
+
+MODEL = Path(__file__).parents[1] / "data" / "models" / "concept_vit"
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return world.draw_scenes(180, seed=11)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return world.draw_counterfactual_pairs(90, seed=12)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    model = AutoModelForImageClassification.from_pretrained(MODEL, attn_implementation="eager").eval()
+    return model, AutoImageProcessor.from_pretrained(MODEL)
+
+
+def predict(classifier, images):
+    model, processor = classifier
+    with torch.inference_mode():
+        return model(**processor(list(images), return_tensors="pt")).logits.argmax(-1).numpy()
+
+
+def spread(pixels):
+    """Mean distance of pixels (count, 3) to their mean colour, in grey levels."""
+    return np.linalg.norm(pixels - pixels.mean(axis=0), axis=1).mean()
+
+
+# Seeds
+
+
+def test_same_seed_gives_same_bytes(scenes):
+    again = world.draw_scenes(180, seed=11)
+    for first, second in zip(scenes, again):
+        assert first.dtype == second.dtype
+        np.testing.assert_array_equal(first, second)
+
+
+def test_another_seed_gives_other_images(scenes):
+    assert not (world.draw_scenes(180, seed=13).images == scenes.images).all(axis=(1, 2, 3)).any()
+
+
+def test_no_scene_is_drawn_twice():
+    images = world.draw_scenes(180, labels=["horse"] * 180).images
+    assert len(np.unique(images.reshape(180, -1), axis=0)) == 180
+
+
+def test_image_does_not_depend_on_how_many_are_drawn(scenes):
+    for n_images in (1, world.BLOCK, world.BLOCK + 1):
+        np.testing.assert_array_equal(world.draw_scenes(n_images, seed=11).images, scenes.images[:n_images])
+    np.testing.assert_array_equal(world.draw_concept_images("dotted", 2), world.draw_concept_images("dotted", 80)[:2])
+
+
+def test_concept_images_are_deterministic_and_differ_between_concepts():
+    first, second = (world.draw_concept_images("striped", 3, seed=1) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert (first != world.draw_concept_images("striped", 3, seed=2)).any(axis=(1, 2, 3)).all()
+    assert (first != world.draw_concept_images("zigzagged", 3, seed=1)).any(axis=(1, 2, 3)).all()
+
+
+# Labels
+
+
+def test_classes_are_balanced(scenes):
+    np.testing.assert_array_equal(np.bincount(scenes.labels), 30)
+    assert np.ptp(np.bincount(world.draw_scenes(100).labels)) <= 1
+
+
+def test_labels_may_be_names_or_indices():
+    named, numbered = world.draw_scenes(2, 5, ["van", "zebra"]), world.draw_scenes(2, 5, [5, 0])
+    np.testing.assert_array_equal(named.labels, [5, 0])
+    np.testing.assert_array_equal(named.images, numbered.images)
+
+
+def test_shape_follows_the_label():
+    zebra, horse, dalmatian, dog, engine, van = (world.draw_scenes(20, 3, [label] * 20) for label in range(6))
+    for with_concept, without in ((zebra, horse), (dalmatian, dog), (engine, van)):
+        np.testing.assert_array_equal(with_concept.object_masks, without.object_masks)
+    heights = [scene.object_masks.any(axis=2).sum(axis=1) for scene in (horse, dog, van)]
+    assert (heights[0] > 1.1 * heights[1]).all() and (heights[0] > 1.1 * heights[2]).all()
+    areas = [scene.object_masks.sum(axis=(1, 2)) for scene in (horse, dog, van)]
+    assert (areas[2] > 1.1 * areas[0]).all() and (areas[0] > 1.1 * areas[1]).all()
+
+
+def test_dataset_has_the_arrays(scenes):
+    table = world.as_dataset(world.Scenes(*(column[:7] for column in scenes)))
+    assert table.features["label"].names == list(world.CLASSES)
+    assert table["label"][:] == [0, 1, 2, 3, 4, 5, 0]
+    for row, image, object_mask, concept_mask in zip(table, scenes.images, scenes.object_masks, scenes.concept_masks):
+        np.testing.assert_array_equal(np.asarray(row["image"]), image)
+        np.testing.assert_array_equal(row["object_mask"], object_mask)
+        np.testing.assert_array_equal(row["concept_mask"], concept_mask)
+
+
+# Masks
+
+
+def test_masks_have_sensible_areas(scenes):
+    objects, concepts = (masks.mean(axis=(1, 2)) for masks in (scenes.object_masks, scenes.concept_masks))
+    assert objects.min() > 0.10 and objects.max() < 0.55
+    assert (concepts > 0.25 * objects).all() and (concepts < 0.9 * objects).all()
+    assert not (scenes.concept_masks & ~scenes.object_masks).any()
+
+
+def test_objects_stay_in_the_frame(scenes):
+    inner = np.zeros((64, 64), bool)
+    inner[1:-1, 1:-1] = True
+    cut = (scenes.object_masks & ~inner).sum(axis=(1, 2)) / scenes.object_masks.sum(axis=(1, 2))
+    assert cut.max() < 0.05 and (cut > 0).mean() < 0.4
+
+
+def test_object_mask_parts_object_from_background():
+    horse, van = (world.draw_scenes(60, 3, [name] * 60) for name in ("horse", "van"))
+    differs = (horse.images != van.images).any(axis=3)
+    assert not differs[~horse.object_masks & ~van.object_masks].any()  # the background does not know the class
+    assert differs[horse.object_masks ^ van.object_masks].mean() > 0.98  # a faint edge may round to the background
+
+
+def test_pairs_differ_inside_the_concept_mask_alone(pairs):
+    with_concept, without = pairs
+    np.testing.assert_array_equal(with_concept.labels + 1, without.labels)
+    np.testing.assert_array_equal(with_concept.object_masks, without.object_masks)
+    np.testing.assert_array_equal(with_concept.concept_masks, without.concept_masks)
+    changed = (with_concept.images != without.images).any(axis=3)
+    assert not (changed & ~with_concept.concept_masks).any()
+    share = changed.sum(axis=(1, 2)) / with_concept.concept_masks.sum(axis=(1, 2))
+    trucks = with_concept.labels == 4
+    assert share[trucks].min() > 0.95 and 0.15 < share[~trucks].min() and share[~trucks].max() < 0.85
+
+
+def test_texture_shows_both_of_its_colours(pairs):
+    with_concept, without = (scene.images.astype(float) for scene in pairs)
+    for label, image, plain, mask in zip(pairs[0].labels, with_concept, without, pairs[0].concept_masks):
+        if label < 4:
+            distance = np.linalg.norm(image[mask] - np.median(plain[mask], axis=0), axis=1)
+            assert (distance < 20).mean() > 0.15 and (distance > 100).mean() > 0.1
+            assert spread(image[mask]) > 2 * spread(plain[mask])
+
+
+def roundness(scenes, plain):
+    """Weakest over strongest direction of the texture's gradients inside the coat: 0 for stripes, 1 for discs."""
+    texture = np.abs(scenes.images.astype(float) - plain.images).sum(axis=3)
+    inner = scenes.concept_masks & np.all([np.roll(scenes.concept_masks, shift, axis) for shift in (-1, 1)
+                                           for axis in (1, 2)], axis=0)
+    down, right = (np.where(inner, gradient, 0) for gradient in np.gradient(texture, axis=(1, 2)))
+    tensor = np.array([[down * down, down * right], [down * right, right * right]]).sum(axis=(3, 4)).T
+    low, high = np.linalg.eigvalsh(tensor).T
+    return low / high
+
+
+def test_horses_wear_stripes_and_dogs_dots(pairs):
+    with_concept, without = (world.Scenes(*(column[pairs[0].labels < 4] for column in scenes)) for scenes in pairs)
+    measured = roundness(with_concept, without)
+    assert measured[with_concept.labels == 0].max() < 0.25 < measured[with_concept.labels == 2].min()
+
+
+def test_decoys_wear_a_foreign_texture():
+    labels = ["horse", "dog"] * 60
+    plain = world.draw_scenes(120, 6, labels)
+    for share in (0.5, 1):
+        decoys = world.draw_scenes(120, 6, labels, decoys=share)
+        np.testing.assert_array_equal(decoys.labels, plain.labels)
+        changed = (decoys.images != plain.images).any(axis=3)
+        assert not (changed & ~plain.concept_masks).any()
+        assert abs(changed.any(axis=(1, 2)).mean() - share) < 0.15
+    assert (roundness(decoys, plain)[::2] > 0.25).all()  # dots and zigzags on the horses, no stripes
+    assert 0.25 < (roundness(decoys, plain)[1::2] < 0.25).mean() < 0.75  # stripes on some of the dogs
+    others = ["zebra", "dalmatian", "fire engine", "van"] * 10
+    with_decoys, without = (world.draw_scenes(40, 6, others, decoys=share) for share in (1, 0))
+    np.testing.assert_array_equal(with_decoys.images, without.images)
+
+
+def test_only_fire_engines_have_red_walls(pairs):
+    for scene, red in zip(pairs, (True, False)):
+        for image, mask in zip(scene.images[scene.labels // 2 == 2], scene.concept_masks[scene.labels // 2 == 2]):
+            r, g, b = np.median(image[mask].astype(float), axis=0)
+            assert (r > 2 * max(g, b)) == red
+
+
+# Concept images
+
+
+def test_flat_colours_are_flat_and_of_their_hue():
+    for concept, channels in (("red", [0]), ("green", [1]), ("blue", [2]), ("yellow", [0, 1])):
+        images = world.draw_concept_images(concept, 50)
+        assert (images == images[:, :1, :1]).all()
+        colours = images[:, 0, 0].astype(float)
+        others = np.delete(colours, channels, axis=1)
+        assert (colours[:, channels].min(axis=1) > 1.4 * others.max(axis=1)).all()
+        assert len(np.unique(colours, axis=0)) > 45
+
+
+@pytest.mark.parametrize("concept", ["striped", "dotted", "zigzagged"])
+def test_textures_have_two_colours_and_a_period(concept):
+    images = world.draw_concept_images(concept, 50).astype(float)
+    assert images.shape == (50, 64, 64, 3)
+    assert min(spread(image.reshape(-1, 3)) for image in images) > 50
+    grey = images.mean(axis=3)
+    power = np.abs(np.fft.fft2(grey - grey.mean(axis=(1, 2), keepdims=True))) ** 2
+    frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64))
+    strongest = frequency.ravel()[power.reshape(50, -1).argmax(axis=1)]
+    assert (1 / 10 < strongest).all() and (strongest < 1 / 3).all()
+
+
+def test_stripes_have_one_direction_and_zigzags_two():
+    shares = []
+    for concept in ("striped", "zigzagged"):
+        grey = world.draw_concept_images(concept, 50).astype(float).mean(axis=3)
+        down, right = np.gradient(grey, axis=(1, 2))
+        tensor = np.array([[down * down, down * right], [down * right, right * right]]).sum(axis=(3, 4)).T
+        low, high = np.linalg.eigvalsh(tensor).T
+        shares.append(low / high)
+    assert shares[0].max() < shares[1].min()
+
+
+def test_coloured_texture_shows_its_colour():
+    for image in world.draw_concept_images("red striped", 20).astype(float):
+        red = (image[..., 0] > 2 * image[..., 1:].max(axis=2)).mean()
+        assert red > 0.25
+
+
+def test_concepts_are_drawn_independently():
+    red, blue = (world.draw_concept_images(concept, 50)[:, 0, 0].max(axis=1) for concept in ("red", "blue"))
+    assert (red == blue).mean() < 0.1  # brightness
+
+
+def test_every_concept_can_be_drawn():
+    for concept in world.CONCEPTS:
+        images = world.draw_concept_images(concept, 2)
+        assert images.shape == (2, 64, 64, 3) and images.dtype == np.uint8
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("draw", [world.draw_scenes, world.draw_counterfactual_pairs,
+                                  lambda n: world.draw_concept_images("red", n)])
+@pytest.mark.parametrize("count", [0, -3])
+def test_bad_count(draw, count):
+    with pytest.raises(ValueError, match=f"at least one.*{count}"):
+        draw(count)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="unknown concept 'stripped'.*mean 'striped'.*zigzagged"):
+        world.draw_concept_images("stripped", 1)
+    with pytest.raises(ValueError, match="unknown class 'zebras'.*mean 'zebra'.*fire engine"):
+        world.draw_scenes(1, labels=["zebras"])
+    for index in (-1, 6):
+        with pytest.raises(ValueError, match=f"unknown class {index}"):
+            world.draw_scenes(1, labels=[index])
+
+
+def test_bad_labels_and_decoys():
+    with pytest.raises(ValueError, match="1 labels were given for 2 images"):
+        world.draw_scenes(2, labels=["van"])
+    with pytest.raises(ValueError, match="between 0 and 1, not 2"):
+        world.draw_scenes(2, decoys=2)
+
+
+# The committed model
+
+
+def test_model_folder_is_small_and_has_no_pickle():
+    files = {path.name: path.stat().st_size for path in MODEL.iterdir() if path.is_file()}
+    assert set(files) == {"train.py", "config.json", "preprocessor_config.json", "model.safetensors", "accuracy.json"}
+    assert sum(files.values()) <= 5_000_000
+
+
+def test_model_names_held_out_scenes(classifier):
+    scenes = world.draw_scenes(300, seed=101)
+    assert (predict(classifier, scenes.images) == scenes.labels).mean() >= 0.93
+
+
+def test_model_follows_the_concept(classifier):
+    pairs = world.draw_counterfactual_pairs(150, seed=102)
+    flipped = np.all([predict(classifier, scenes.images) == scenes.labels for scenes in pairs], axis=0)
+    assert flipped.mean() >= 0.93
+
+
+def test_model_is_not_fooled_by_foreign_textures(classifier):
+    decoys = world.draw_scenes(200, seed=103, labels=["horse", "dog"] * 100, decoys=1)
+    assert (predict(classifier, decoys.images) == decoys.labels).mean() >= 0.9
+
+
+def test_model_gives_attention_and_names(classifier, scenes):
+    model, processor = classifier
+    assert tuple(model.config.id2label.values()) == world.CLASSES
+    inputs = processor(list(scenes.images[:2]), return_tensors="pt")
+    expected = torch.from_numpy(scenes.images[:2]).permute(0, 3, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(inputs["pixel_values"], expected, atol=1e-5, rtol=0)
+    with torch.inference_mode():
+        attentions = model(**inputs, output_attentions=True).attentions
+    assert [tuple(weights.shape) for weights in attentions] == [(2, 4, 65, 65)] * 6
+    torch.testing.assert_close(attentions[0].sum(-1), torch.ones(2, 4, 65))
