@@ -282,6 +282,7 @@ def _from_pretrained(loader, folder: str, **options):
     """Load by transformers, safetensors only and no remote code, with an error that says what to do without a network."""
     if loader in (AutoModelForSequenceClassification, AutoModelForImageClassification):
         options["use_safetensors"] = True
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # loading takes a second
     try:
         return loader.from_pretrained(folder, **options)
@@ -290,7 +291,8 @@ def _from_pretrained(loader, folder: str, **options):
             f"{folder!r} cannot be loaded; download it where there is a network and pass its local folder: {error}"
         ) from error
     finally:
-        logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _load_adapter(folder: str):

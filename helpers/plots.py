@@ -154,7 +154,7 @@ def patch_heatmaps(
     axes[0, 0].set_title("image", fontsize=6.5)
     for axis, method in zip(axes[0, 1:], methods, strict=True):
         axis.set_title(method.replace("Att-", "Att-\n").replace(" ", "\n"), fontsize=6.5)
-    signed = [index for index, method in enumerate(methods, 1) if method not in unsigned]
+    signed = [0, *(index for index, method in enumerate(methods, 1) if method not in unsigned)]
     _bar_below(figure, axes[:, signed], SIGNED, -1, f"attribution / largest |attribution| of the {'column' if shared else 'map'}")
     for method, unit in unsigned.items():
         _bar_below(figure, axes[:, 1 + methods.index(method)], UNSIGNED, 0, unit)

@@ -73,7 +73,8 @@ def test_label_is_the_sign_of_a_rating_outside_the_neutral_band(name):
     ratings = {text: rating for _, rating, text in reversed(rated_rows(name)) if abs(rating) > 0.5}
     for split in ("train", "test"):
         rows = load_sentences(name, split)
-        assert rows.column_names == ["text", "label", "rating"] and rows.features["label"].names == ["negative", "positive"]
+        assert rows.column_names == ["text", "label", "rating"]
+        assert rows.features["label"].names == ["negative", "positive"]
         label, rating = np.array(rows["label"]), np.array(rows["rating"])
         assert (np.abs(rating) > 0.5).all() and (np.abs(rating) <= 4).all()
         assert (label == (rating > 0)).all()
@@ -90,7 +91,9 @@ def test_no_text_and_no_document_is_in_both_splits(name):
 
 def test_no_training_text_of_any_domain_is_held_out_in_any_other():
     names = ("movies", "amazon", "nyt", "tweets")
-    train, test = ({t.casefold() for n in names for t in load_sentences(n, split)["text"]} for split in ("train", "test"))
+    train, test = (
+        {text.casefold() for name in names for text in load_sentences(name, split)["text"]} for split in ("train", "test")
+    )
     assert len(train) > 14_000 and not train & test
 
 
@@ -129,8 +132,9 @@ def test_numbers_of_labels_stay_also_where_classes_are_many_or_missing(own_set, 
     assert load_sentences(folder)["label"][:] == labels
 
 
-def test_names_of_labels_are_numbered_in_order(own_set):
-    rows = load_sentences(own_set({"text": ["a", "b", "c"], "label": ["pos", "neg", "pos"]}))
+@pytest.mark.parametrize("how", ["parquet", "csv", "one split on disk"])
+def test_names_of_labels_are_numbered_in_order(own_set, how):
+    rows = load_sentences(own_set({"text": ["a", "b", "c"], "label": ["pos", "neg", "pos"]}, how))
     assert rows["label"][:] == [1, 0, 1] and rows.features["label"].names == ["neg", "pos"]
 
 
@@ -151,7 +155,9 @@ def test_set_without_the_needed_columns_is_refused(own_set):
         load_sentences(folder)
 
 
-@pytest.mark.parametrize(("name", "near"), [("movie", "movies"), ("Movies", "movies"), ("sst-2", "sst2"), ("imbd", "imdb")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("movie", "movies"), ("Movies", "movies"), ("sst-2", "sst2"), ("imbd", "imdb")]
+)
 def test_unknown_set_suggests_the_nearest(name, near):
     with pytest.raises(ValueError, match=f"set '{name}' is unknown; did you mean '{near}'"):
         load_sentences(name)
@@ -200,8 +206,8 @@ def test_pip_is_asked_for_one_version_with_its_hash(empty_cache, monkeypatch):
 
 
 def test_archive_that_pip_rejects_names_the_expected_hash(empty_cache, monkeypatch):
-    said = "THESE PACKAGES DO NOT MATCH THE HASHES\n  Got 1234"
-    monkeypatch.setattr(data.subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 1, "", said))
+    result = subprocess.CompletedProcess([], 1, "", "THESE PACKAGES DO NOT MATCH THE HASHES\n  Got 1234")
+    monkeypatch.setattr(data.subprocess, "run", lambda command, **options: result)
     with pytest.raises(ValueError, match=f"differs from the expected {data.VADER_SHA256}:\n.*\n  Got 1234"):
         data.fetch_vader()
     assert not empty_cache.exists()

@@ -121,7 +121,9 @@ def test_all_erased_is_comprehensiveness_at_100_and_sufficiency_at_0(batch, oper
 def test_divisor_is_the_number_of_ks_plus_one(batch):
     model, inputs, players, mask = batch
     attributions = random_attributions(players)
-    one, two, both = (erasure_scores(model, inputs, attributions, players, mask, ks=ks) for ks in ((20,), (50,), (20, 50)))
+    one, two, both = (
+        erasure_scores(model, inputs, attributions, players, mask, ks=ks) for ks in ((20,), (50,), (20, 50))
+    )
     assert_close(3 * both.comprehensiveness, 2 * one.comprehensiveness + 2 * two.comprehensiveness, **ROUNDING)
     assert_close(3 * both.sufficiency, 2 * one.sufficiency + 2 * two.sufficiency, **ROUNDING)
 
@@ -184,8 +186,9 @@ def test_equal_masked_inputs_of_all_methods_are_scored_once(batch):
     attributions = random_attributions(players)
     with measure_cost(model) as one:
         erasure_scores(model, inputs, attributions, players, mask)
+    methods = torch.stack([attributions, 3 * attributions, attributions + players])  # one ranking
     with measure_cost(model) as many:
-        erasure_scores(model, inputs, torch.stack([attributions, 3 * attributions, attributions + players]), players, mask)
+        erasure_scores(model, inputs, methods, players, mask)
     assert many.forwards == one.forwards
     with measure_cost(model) as ends:
         erasure_scores(model, inputs, attributions, players, mask, ks=(0, 100))
@@ -227,7 +230,8 @@ def test_four_operators_on_two_tokens_by_hand(model, tokenizer):
     for operator, (ids, attention) in by_hand.items():
         erased = erase(model, inputs, torch.tensor([0]), keep, mask, operator)
         real = len(ids)
-        assert erased["input_ids"][0, :real].tolist() == ids and erased["attention_mask"][0, :real].tolist() == attention
+        assert erased["input_ids"][0, :real].tolist() == ids
+        assert erased["attention_mask"][0, :real].tolist() == attention
         assert erased["attention_mask"][0, real:].sum() == 0
 
 
@@ -322,6 +326,11 @@ def test_methods_share_their_resamples():
     assert interval.loc["mirrored", "low"] == pytest.approx(-interval.loc["a", "high"], abs=1e-12)
     alone = mean_interval(pd.DataFrame({"a": a})).loc["a"]
     np.testing.assert_allclose(interval.loc["a"], alone)
+
+
+def test_one_input_has_a_mean_and_no_interval():
+    interval = mean_interval(pd.DataFrame({"a": [0.25]})).loc["a"]
+    assert interval["mean"] == 0.25 and np.isnan(interval[["low", "high"]]).all()
 
 
 # Bad input

@@ -28,6 +28,7 @@ from helpers.models import (
     fast_attention,
     load_image_classifier,
     load_text_classifier,
+    load_text_classifiers,
     max_tokens,
     patch_players,
     read_attention,
@@ -66,7 +67,8 @@ def test_weights_are_the_models_own_in_order_of_layers_and_rows_sum_to_one(text_
 def test_gradients_equal_finite_differences_of_the_logit(precise_model, tokenizer, monkeypatch, target):
     inputs = encode(["it never fails", "a clever but dull film"], tokenizer, precise_model)
     maps = read_attention(precise_model, inputs, target=target, gradients=True)
-    places = [(row, layer, head, i, j) for row in (0, 1) for layer in (0, 1, 2) for head, i, j in ((0, 0, 2), (3, 4, 1))]
+    entries = ((0, 0, 2), (3, 4, 1))  # head, query, key
+    places = [(row, layer, *entry) for row in (0, 1) for layer in (0, 1, 2) for entry in entries]
     nudge = {}
 
     def nudged_attention(module, query, key, value, attention_mask, scaling=None, **options):
@@ -184,7 +186,7 @@ def test_data_labels_outside_the_model_name_set_and_classes(model, label):
 
 def test_model_loaded_with_sdpa_is_refused_with_the_way_out(model, tokenizer):
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match=r"sdpa attention, which returns no weights.*set_attn_implementation\('eager'\)"):
+    with pytest.raises(ValueError, match=r"sdpa attention, which returns no weights.*implementation\('eager'\)"):
         read_attention(model, encode(SENTENCES, tokenizer, model))
 
 
@@ -323,6 +325,19 @@ def test_local_folder_of_each_architecture_loads_ready_to_be_read(text_classifie
     assert maps.gradients.abs().amax((0, 2, 3, 4)).min() > 0  # every layer has a say
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert list(model.config.id2label.values()) == list(LABELS.values())
+
+
+def test_one_model_serves_all_sets_or_each_set_has_its_own(model, tokenizer, tmp_path):
+    for name in ("first", "second"):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    shared = load_text_classifiers([first], ["movies", "nyt"], "cpu")
+    assert list(shared) == ["movies", "nyt"] and shared["movies"][0] is shared["nyt"][0]
+    own = load_text_classifiers([first, second, first], ["movies", "nyt", "amazon"], "cpu")
+    assert own["movies"][0] is own["amazon"][0] is not own["nyt"][0]
+    with pytest.raises(ValueError, match="2 model_ids for 3 sets; give one for all, or one for each"):
+        load_text_classifiers([first, second], ["movies", "nyt", "amazon"], "cpu")
 
 
 @pytest.mark.parametrize("missing", ["data/models/nowhere", "./nowhere", "/nowhere/model", "~/nowhere"])

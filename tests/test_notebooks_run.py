@@ -1,4 +1,4 @@
-"""Every notebook runs on the smoke profile into a folder of its own, its numbers keep their invariants, its figures show."""
+"""Every notebook runs on the smoke profile into another folder: its numbers keep their invariants, its figures show."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Every committed notebook keeps to the template: opening, budgets, clean outputs, numbers that stand in its results file."""
+"""Every committed notebook keeps to the template: opening, budgets, clean outputs, numbers as in its results file."""
 
 import ast
 import json
@@ -44,6 +44,13 @@ def written(output):
 def saved(name, kind):
     """Names of the figures or tables that a notebook's code saves."""
     return re.findall(rf'save_{kind}\(.*?figures, "(\w+)"\)', "\n".join(cell.source for cell in code_cells(name)))
+
+
+def numbers(part):
+    """Every number of nested results."""
+    if isinstance(part, dict | list):
+        return [number for inner in (part.values() if isinstance(part, dict) else part) for number in numbers(inner)]
+    return [part] if isinstance(part, int | float) else []
 
 
 # Opening
@@ -186,6 +193,10 @@ def test_last_cell_saves_the_results_and_quotes_them(name):
     assert "save_results(" in last.source and f'"{name}"' in last.source
     printed = "".join(written(output) for output in last.outputs)
     assert f"{name}.json" in printed
-    quoted = [ast.literal_eval(match) for match in re.findall(r"\{[^{}]*\}", printed)]
-    parts = [results, *(part for part in results.values() if isinstance(part, dict))]
-    assert quoted and all(quote in parts for quote in quoted)
+    for quoted in re.findall(r"\{[^{}]*\}", printed):
+        assert ast.literal_eval(quoted) in [results, *results.values()], quoted
+    decimals = re.findall(r"-?\d+\.\d+", printed)
+    assert decimals
+    for quoted in decimals:
+        places = len(quoted.split(".")[1])
+        assert float(quoted) in {round(number, places) for number in numbers(results)}, quoted

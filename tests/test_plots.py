@@ -1,4 +1,4 @@
-"""Figures show the numbers that they are given: as many marks, the right colours, the right places; nothing is saved."""
+"""Figures show the numbers that they are given: as many marks, right colours, right places; nothing is saved."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -67,7 +67,8 @@ def test_long_sentences_break_into_lines_without_overlap():
     _, axes = plots.token_strips([("long", tokens, {"one": np.arange(60), "two": -np.arange(60)})])
     spans = [(box.get_y(), box.get_x(), box.get_x() + box.get_width()) for box in boxes(axes[0])]
     assert len({y for y, _, _ in spans}) > 8
-    assert max(right for _, _, right in spans) <= axes[0].get_xlim()[1] and max(spans)[0] + 0.88 <= axes[0].get_ylim()[0]
+    assert max(right for _, _, right in spans) <= axes[0].get_xlim()[1]
+    assert max(spans)[0] + 0.88 <= axes[0].get_ylim()[0]
     for (y, _, right), (next_y, left, _) in zip(spans, spans[1:], strict=False):
         assert right <= left or next_y > y + 0.88
 
@@ -82,7 +83,7 @@ def test_ink_is_legible_on_dark_and_light_boxes():
 
 @pytest.fixture
 def strips():
-    """Two sets, three methods of different families, 5 inputs each; made-up scores and intervals: (figure, axes, both)."""
+    """Two sets, three methods of different families, 5 inputs each: (figure, axes, scores, intervals), all made up."""
     families = {"Shapley-Att-CLS": "attention", "Grad-SAM": "gradient", "Random": "none"}
     rng = np.random.default_rng(0)
     scores = pd.DataFrame(
@@ -145,7 +146,7 @@ def test_panels_name_set_size_method_and_measure(strips):
 
 
 def test_method_missing_from_one_set_leaves_its_strip_empty():
-    scores = pd.DataFrame({"set": ["a", "a", "b"], "method": ["x", "y", "x"], "family": "input", "comp": [1.0, 2.0, 3.0]})
+    scores = pd.DataFrame({"set": list("aab"), "method": list("xyx"), "family": "input", "comp": [1.0, 2.0, 3.0]})
     intervals = scores.rename(columns={"comp": "mean"}).assign(low=0.0, high=4.0)
     _, axes = plots.method_strips(scores, intervals, "comp")
     assert [round(y) for _, y, _ in dots(axes[0])] == [0, 1] and [round(y) for _, y, _ in dots(axes[1])] == [0]

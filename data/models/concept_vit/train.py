@@ -8,9 +8,9 @@ import json
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
-import typer
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, get_cosine_schedule_with_warmup
 
@@ -97,9 +97,17 @@ def measure(model, n_scenes, n_pairs):
     }
 
 
-def main(epochs: int = 20, images_per_epoch: int = 19_200, batch_size: int = 64, learning_rate: float = 1e-3,
-         seed: int = 0, threads: int = 1, n_scenes: int = 6_000, n_pairs: int = 3_000,
-         folder: Path = Path(__file__).parent):
+@click.command()
+@click.option("--epochs", default=20, show_default=True)
+@click.option("--images-per-epoch", default=19_200, show_default=True)
+@click.option("--batch-size", default=64, show_default=True)
+@click.option("--learning-rate", default=1e-3, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", default=1, show_default=True)
+@click.option("--n-scenes", default=6_000, show_default=True, help="held-out scenes that the accuracy is measured on")
+@click.option("--n-pairs", default=3_000, show_default=True, help="counterfactual pairs")
+@click.option("--folder", type=Path, default=Path(__file__).parent, help="where the model goes  [default: beside this file]")
+def main(epochs, images_per_epoch, batch_size, learning_rate, seed, threads, n_scenes, n_pairs, folder):
     """Train, measure and save."""
     torch.set_num_threads(threads)
     start = time.perf_counter()
@@ -118,4 +126,4 @@ def main(epochs: int = 20, images_per_epoch: int = 19_200, batch_size: int = 64,
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()
