@@ -169,7 +169,9 @@ def _load_named_set(name: str, split: str) -> Dataset:
     if missing:
         raise ValueError(f"set {name!r} has columns {loaded.column_names}, but {sorted(missing)} is needed")
     if not isinstance(loaded.features["label"], ClassLabel):
-        if loaded.features["label"].dtype == "string":
+        if any(label is None for label in loaded["label"]):
+            raise ValueError(f"set {name!r} has rows without a label; leave them out")
+        if "string" in loaded.features["label"].dtype:
             loaded = loaded.class_encode_column("label")
         else:  # numbers stay as they are, whichever of them this split holds
             loaded = loaded.cast_column("label", ClassLabel(num_classes=max(2, max(loaded["label"]) + 1)))

@@ -158,7 +158,7 @@ def erased_probabilities(
     key = np.concatenate([rows.cpu().numpy()[:, None].astype(np.int64).view(np.uint8), packed], axis=1)
     _, first, inverse = np.unique(key, axis=0, return_index=True, return_inverse=True)
     lengths = real.sum(-1)[rows].cpu().numpy()
-    order = first[np.argsort(lengths[first], kind="stable")]
+    order = first[np.argsort(-lengths[first], kind="stable")]  # longest first, so the first of a batch bounds it
     position = np.empty(len(key), dtype=np.int64)
     position[order] = np.arange(len(order))
     results, start = [], 0

@@ -1,5 +1,7 @@
 """Run the notebooks in order through papermill: `python -m helpers.pipeline run --profile default`."""
 
+import base64
+import io
 import tempfile
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,6 +10,7 @@ import click
 import nbformat
 import papermill
 import yaml
+from PIL import Image
 from papermill.exceptions import PapermillExecutionError
 
 from helpers.runtime import PROJECT_ROOT, project_path
@@ -94,7 +97,7 @@ def run_notebook(name: str, parameters: dict, output: Path) -> Path:
 
 
 def clean_notebook(path: Path) -> None:
-    """Remove what a reader should not meet: progress bars, and the bookkeeping of papermill and of widgets."""
+    """Remove what a reader should not meet: progress bars, the bookkeeping of papermill and of widgets; pack the pictures."""
     notebook = nbformat.read(path, as_version=4)
     for key in ("papermill", "widgets"):
         notebook.metadata.pop(key, None)
@@ -103,6 +106,9 @@ def clean_notebook(path: Path) -> None:
             cell.metadata.pop(key, None)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    output.data["image/png"] = _with_palette(output.data["image/png"])
     nbformat.write(notebook, path)
 
 
@@ -111,6 +117,13 @@ def _execute(name: str, target: Path, parameters: dict) -> None:
         NOTEBOOKS / f"{name}.ipynb", target, parameters, kernel_name="python3", cwd=str(PROJECT_ROOT)
     )
     clean_notebook(target)
+
+
+def _with_palette(picture: str) -> str:
+    """Return a base64 PNG in 256 colours: a third of the size, and the eye sees no difference."""
+    packed = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").quantize(256).save(packed, "PNG", optimize=True)
+    return base64.b64encode(packed.getvalue()).decode()
 
 
 def _is_progress(output) -> bool:

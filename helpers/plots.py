@@ -164,7 +164,10 @@ def patch_heatmaps(
 def _bar_below(figure, axes: np.ndarray, colors: str, low: float, label: str) -> None:
     """Put a horizontal colour bar under some columns."""
     scale = ScalarMappable(Normalize(low, 1), colors)
-    bar = figure.colorbar(scale, ax=list(axes.flat), orientation="horizontal", fraction=0.03, pad=0.02, aspect=50, shrink=0.8)
+    thin = 50 if axes.ndim > 1 else 8
+    bar = figure.colorbar(
+        scale, ax=list(axes.flat), orientation="horizontal", fraction=0.03, pad=0.02, aspect=thin, shrink=0.8
+    )
     bar.set_label(label, fontsize=6.5)
     bar.ax.tick_params(labelsize=6.5)
     bar.set_ticks([0, 0.5, 1] if low == 0 else [-1, -0.5, 0, 0.5, 1])
