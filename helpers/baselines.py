@@ -75,7 +75,10 @@ def shapley_input(
             f"input {row} has {counts[row]} players, 2**{counts[row]} forwards; the limit is max_players={max_players}: "
             "shorten the input, raise the limit, or estimate with sampled_shapley"
         )
-    solve = lambda value, n, row: enumerate_shapley(value, n, max_players)  # noqa: E731
+
+    def solve(value, n, row):
+        return enumerate_shapley(value, n, max_players)
+
     return _solve_input_game(model, inputs, players, mask_token_id, target, operator, progress, solve)
 
 
@@ -87,12 +90,15 @@ def shapley_input_sampled(
 
     Costs n_permutations · (n − 1) + 2 forwards for n players; input i draws its orders with seed + i.
     """
-    solve = lambda value, n, row: sampled_shapley(value, n, max(n + 1, n_permutations * (n - 1) + 2), seed + row)  # noqa: E731
+
+    def solve(value, n, row):
+        return sampled_shapley(value, n, max(n + 1, n_permutations * (n - 1) + 2), seed + row)
+
     return _solve_input_game(model, inputs, players, mask_token_id, target, operator, progress, solve)
 
 
 def _solve_input_game(model, inputs, players, mask_token_id, target, operator, progress, solve) -> torch.Tensor:
-    """Return the Shapley values, by solve(value, n, row), of the game whose payoff is the probability of a partial input."""
+    """Solve, by solve(value, n, row), the game whose payoff is the explained class's probability on a partial input."""
     target = _explained_class(model, inputs, target)
     attributions = torch.zeros(players.shape, device=players.device)
     for row, playing in enumerate(tqdm(players, desc="Shapley-Input", disable=not progress, leave=False)):

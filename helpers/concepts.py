@@ -255,7 +255,8 @@ def fit_cav(positive, negative, seed: int = 0, kind: str = "logistic") -> torch.
     `kind` is one of "logistic" (the paper's), "pattern", "fisher" and "mean_difference"; see `fit_direction`, also for
     the errors. Tensors or arrays go in, a tensor on the CPU comes out.
     """
-    rows = [torch.as_tensor(side).detach().cpu() for side in (positive, negative)]
+    copied = [side if isinstance(side, torch.Tensor) else np.array(side) for side in (positive, negative)]
+    rows = [torch.as_tensor(side).detach().cpu() for side in copied]  # a cache file's rows are read-only
     dtype = torch.float64 if torch.float64 in (rows[0].dtype, rows[1].dtype) else torch.float32
     return torch.from_numpy(fit_direction(*(side.to(dtype).numpy() for side in rows), kind, seed)[0])
 

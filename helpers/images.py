@@ -54,9 +54,9 @@ def seen_images(inputs, processor) -> np.ndarray:
 
 
 def erase_patches(model, pixels: torch.Tensor, keep: torch.Tensor, colour=None, operator: str = "mean") -> dict:
-    """Return the inputs of images (count, channels, height, width) with each patch outside `keep` (count, tokens) replaced.
+    """Return the inputs of images (count, channels, height, width) with each patch outside `keep` replaced.
 
-    The prefix tokens of `keep` say nothing: they have no pixels.
+    keep is bool (count, tokens); what it says of the prefix tokens does not matter, for they have no pixels.
     """
     prefix, rows, columns = patch_grid(model, pixels.shape[-2:])
     stays = keep[:, prefix:].reshape(-1, 1, rows, columns)
@@ -91,7 +91,7 @@ def sum_over_patches(model, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def patch_maps(model, inputs, values: torch.Tensor) -> torch.Tensor:
-    """Arrange values of tokens (..., batch, tokens) as maps of the image (..., batch, rows, columns), without prefix."""
+    """Arrange values of tokens (..., batch, tokens) as maps of the image (..., batch, rows, columns), no prefix."""
     prefix, rows, columns = patch_grid(model, inputs["pixel_values"].shape[-2:])
     return values[..., prefix:].unflatten(-1, (rows, columns))
 
@@ -102,7 +102,9 @@ def _read_rgb(path: Path) -> Image.Image:
             image.load()
             upright = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path.name!r} is not a whole image that Pillow can read ({error}); replace or remove it") from error
+        raise ValueError(
+            f"{path.name!r} is not a whole image that Pillow can read ({error}); replace or remove it"
+        ) from error
     if upright.mode[0] in "IF":
         raise ValueError(f"{path.name!r} has {upright.mode} pixels; save it with 8 bits a channel")
     if upright.has_transparency_data:

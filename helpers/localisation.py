@@ -15,10 +15,11 @@ INSIDE = 0.5  # a patch is inside when at least this share of its pixels is
 class Localisation:
     """How well each attribution finds the patches inside a mask; higher is better, `chance` knows nothing.
 
-    pointing           (..., batch) 1 where the largest attribution is inside, 0 outside, the share inside where several tie
+    pointing           (..., batch) 1 where the largest attribution is inside, 0 outside, a share where several tie
     average_precision  (..., batch) of ranking inside before outside
     mass_inside        (..., batch) share of the positive attribution that is inside; 0 where nothing is positive
-    chance             (batch,) share of the patches that are inside: what a random ranking expects of all three
+    chance             (batch,) share of the patches that are inside: what a random ranking expects of all three (of
+                       the precision a little more, over few patches)
     """
 
     pointing: torch.Tensor
@@ -28,7 +29,7 @@ class Localisation:
 
 
 def patches_inside(model, inputs, masks, at_least: float = INSIDE) -> torch.Tensor:
-    """Return bool (batch, tokens): True for patches of which `at_least` this share lies in masks (batch, height, width).
+    """Return bool (batch, tokens): True for patches with `at_least` this share inside masks (batch, height, width).
 
     Masks may have another size than the encoded images, but must show the same crop.
     """
@@ -39,7 +40,9 @@ def patches_inside(model, inputs, masks, at_least: float = INSIDE) -> torch.Tens
 
 
 def localise(attributions: torch.Tensor, players: torch.Tensor, inside: torch.Tensor) -> Localisation:
-    """Compare attributions (batch, tokens) or (methods, batch, tokens) with the patches inside a mask, bool (batch, tokens).
+    """Compare attributions (batch, tokens) or (methods, batch, tokens) with the patches inside a mask.
+
+    inside  bool (batch, tokens), from `patches_inside`
 
     Sources: Zhang et al. (2018) for the pointing game; Arras et al. (2022) for the share of mass.
     Raises ValueError for shapes that do not fit, NaN, or an image whose mask holds no patch or every patch.

@@ -144,7 +144,8 @@ def patch_heatmaps(
             values = np.asarray(values, dtype=float)
             top = largest[method] if shared or method in unsigned else np.abs(values).max()
             low, colors = (0, UNSIGNED) if method in unsigned else (-1, SIGNED)
-            axis.imshow(values / (top or 1), colors, vmin=low, vmax=1, extent=(0, width, height, 0), interpolation="nearest")
+            frame = {"extent": (0, width, height, 0), "interpolation": "nearest"}
+            axis.imshow(values / (top or 1), colors, vmin=low, vmax=1, **frame)
             if outlines is not None and method not in unsigned:
                 centres = np.arange(width) + 0.5, np.arange(height) + 0.5
                 axis.contour(*centres, outlines[row], levels=[0.5], colors="black", linewidths=0.5)
@@ -155,7 +156,8 @@ def patch_heatmaps(
     for axis, method in zip(axes[0, 1:], methods, strict=True):
         axis.set_title(method.replace("Att-", "Att-\n").replace(" ", "\n"), fontsize=6.5)
     signed = [0, *(index for index, method in enumerate(methods, 1) if method not in unsigned)]
-    _bar_below(figure, axes[:, signed], SIGNED, -1, f"attribution / largest |attribution| of the {'column' if shared else 'map'}")
+    whole = "column" if shared else "map"
+    _bar_below(figure, axes[:, signed], SIGNED, -1, f"attribution / largest |attribution| of the {whole}")
     for method, unit in unsigned.items():
         _bar_below(figure, axes[:, 1 + methods.index(method)], UNSIGNED, 0, unit)
     return figure, axes

@@ -19,7 +19,8 @@ def model():
     torch.manual_seed(0)
     model = ViTForImageClassification._from_config(ViTConfig(), attn_implementation="eager")
     config = model.config
-    assert (config.num_hidden_layers, config.num_attention_heads, config.image_size // config.patch_size) == (LAYERS, HEADS, 14)
+    assert (config.num_hidden_layers, config.num_attention_heads) == (LAYERS, HEADS)
+    assert (config.image_size // config.patch_size) ** 2 + 1 == TOKENS
     return model.eval().requires_grad_(False)
 
 

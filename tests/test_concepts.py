@@ -593,7 +593,7 @@ def test_t_test_is_scipys_and_marks_scores_without_variance():
 def test_empirical_p_values_by_hand():
     null = [0.1, 0.5, 0.9, 0.3]
     assert empirical_p_values([1.0, 0.9, 0.1, 0.35, 0.5], null).tolist() == [1 / 5, 3 / 5, 3 / 5, 4 / 5, 1]
-    assert empirical_p_values(np.float32(0.9), null) == 3 / 5  # a tie, in single precision too
+    assert empirical_p_values(0.9, np.float32(null)) == 3 / 5  # ties, in single precision too
     assert empirical_p_values([[0.0], [0.5]], [[[0.5]], [[0.5]]]).tolist() == [[0.5], [1]]
     with pytest.raises(ValueError, match="random CAV"):
         empirical_p_values(0.5, [])

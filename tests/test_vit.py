@@ -1,4 +1,4 @@
-"""Patches as players: who plays, what erasing does to pixels, where a map points, and which images and models are refused."""
+"""Patches as players: who plays, what erasing does to pixels, where a map points, which images and models are refused."""
 
 import io
 
@@ -295,7 +295,8 @@ def test_exact_and_sampled_shapley_of_the_input_are_efficient_and_agree():
     players = patch_players(small, inputs)
     exact = baselines.shapley_input(small, inputs, players, None, target=0)
     sampled = baselines.shapley_input_sampled(small, inputs, players, None, target=0, n_permutations=300)
-    whole, none = (erased_probabilities(small, inputs, torch.arange(2), keep, None)[:, 0] for keep in (players, players & False))
+    whole = erased_probabilities(small, inputs, torch.arange(2), players, None)[:, 0]
+    none = erased_probabilities(small, inputs, torch.arange(2), ~players, None)[:, 0]
     assert_close(exact.sum(-1), whole - none, atol=1e-5, rtol=0)
     assert_close(sampled.sum(-1), whole - none, atol=1e-5, rtol=0)
     assert_close(sampled, exact, atol=0.005, rtol=0)
@@ -314,7 +315,8 @@ def test_patch_that_all_tokens_look_at_comes_out_at_its_place_in_every_game(kind
     maps.weights[...] = 0.2 / (maps.weights.shape[-1] - 1)
     maps.weights[..., at] = 0.8
     maps.gradients[...] = 1.0
-    rows = [attention_shapley(pairwise_matrix(maps, weighting), players, game) for weighting in WEIGHTINGS for game in GAMES]
+    matrices = [pairwise_matrix(maps, weighting) for weighting in WEIGHTINGS]
+    rows = [attention_shapley(matrix, players, game) for matrix in matrices for game in GAMES]
     for values in [*rows, baselines.attention_received(maps), baselines.attention_rollout(maps)]:
         heatmap = images.patch_maps(model, inputs, values * players)[0]
         assert (heatmap == heatmap.max()).nonzero().tolist() == [[1, 2]]
@@ -347,7 +349,8 @@ def test_patches_are_inside_from_half_of_their_pixels_on(vit):
 def test_localisation_by_hand():
     players = torch.tensor([[False, True, True, True, True]])
     inside = torch.tensor([[False, True, False, True, False]])
-    attributions = torch.tensor([[[9.0, 4.0, 3.0, 1.0, -2.0]], [[9.0, 1.0, 4.0, 4.0, 0.0]], [[9.0, -1.0, 2.0, -3.0, 0.0]]])
+    rows = [9.0, 4.0, 3.0, 1.0, -2.0], [9.0, 1.0, 4.0, 4.0, 0.0], [9.0, -1.0, 2.0, -3.0, 0.0]
+    attributions = torch.tensor(rows)[:, None]
     found = localise(attributions, players, inside)
     assert_close(found.chance, torch.tensor([0.5]))
     assert_close(found.pointing[:, 0], torch.tensor([1.0, 0.5, 0.0]))  # the second: a tie, one of two inside
@@ -508,8 +511,8 @@ def test_beit_which_has_a_classification_token_still_works():
 
 
 def test_levit_without_square_patches_is_refused():
-    levit = LevitForImageClassification(LevitConfig(image_size=32, hidden_sizes=[16, 16, 16], num_attention_heads=[1, 1, 1],
-                                                    depths=[1, 1, 1], key_dim=[8, 8, 8]))  # fmt: skip
+    three = {"hidden_sizes": [16, 16, 16], "num_attention_heads": [1, 1, 1], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}
+    levit = LevitForImageClassification(LevitConfig(image_size=32, **three))
     with pytest.raises(ValueError, match="levit has no classification token"):
         patch_players(levit, {"pixel_values": torch.zeros(1, 3, 32, 32)})
 
