@@ -66,7 +66,40 @@ def check_nlp_shapley(results):
     assert len(correlations) >= 3 and all(-1 <= correlation <= 1 for correlation in correlations)
 
 
-INVARIANTS = {"01_nlp_shapley": check_nlp_shapley}
+def check_vit_shapley(results):
+    assert min(results["accuracy"].values()) > 0.9
+    for name, row in results["faithfulness"].items():
+        assert all(-1 <= score <= 1 for score in (row["comp"], row["suff"])), name
+        assert 0 <= row["deletion"] <= 1 and 0 <= row["insertion"] <= 1, name
+    found, chance = results["localisation"], results["chance"]
+    assert found["Shapley-Att-Mutual"]["object AP"] > 2 * chance["object chance"]
+    assert found["Random"]["object AP"] < found["Shapley-Att-Mutual"]["object AP"]
+
+
+def check_concept_training(results):
+    assert results["model_accuracy"] > 0.9
+    for colour in ("red", "blue", "green", "yellow"):
+        assert min(results["held_out_accuracy"][colour].values()) > 0.95
+    assert 0.3 < results["control"]["by image"] < 0.65 < min(results["held_out_accuracy"]["red"].values())
+    called = results["called_striped"]
+    assert called["confounded"]["red dotted"] > called["clean"]["red dotted"] + 0.3
+
+
+def check_tcav(results):
+    assert min(results["accuracy"].values()) > 0.9
+    assert results["largest_patch_gradient_last_block"] == 0
+    assert all(0 <= score <= 1 for score in numbers(results["ttcav"]) + numbers(results["auc"]))
+    for target in results["ttcav"].values():  # in the last block only [CLS] has a gradient, so the weights do not matter
+        for concept, scores in target["attention"].items():
+            assert scores[-1] == target["plain"][concept][-1] == target["cls"][concept][-1]
+
+
+INVARIANTS = {
+    "01_nlp_shapley": check_nlp_shapley,
+    "02_vit_shapley": check_vit_shapley,
+    "03_concept_training": check_concept_training,
+    "04_tcav": check_tcav,
+}
 
 
 def test_all_cells_ran_without_error_into_a_clean_notebook(finished):
