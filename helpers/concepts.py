@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from helpers.concept_statistics import MIN_IMAGES, Activations, Cavs, fit_direction
+from helpers.images import read_image
 from helpers.models import patch_players, resolve_target
 from helpers.runtime import PROJECT_ROOT
 
@@ -424,9 +425,8 @@ def _read_images(folder: Path, min_images: int, max_images: int | None) -> list[
         if max_images is not None and len(images) >= max_images:
             break
         try:
-            with Image.open(file) as image:
-                images.append(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for broken files
+            images.append(read_image(file))
+        except ValueError:
             unreadable.append(file.name)
     skipped = f"{len(unreadable)} unreadable files ({', '.join(unreadable[:5])}{', ...' if unreadable[5:] else ''})"
     if len(images) < min_images:

@@ -29,7 +29,25 @@ def load_images(folder: str | Path, n_images: int | None = None, seed: int = 0) 
         raise ValueError(f"image folder {str(folder)!r} holds no files; put JPEG or PNG images there")
     if n_images is not None and n_images < len(names):
         names = [names[i] for i in sorted(np.random.default_rng(seed).choice(len(names), n_images, replace=False))]
-    return {name.as_posix(): _read_rgb(folder / name) for name in names}
+    return {name.as_posix(): read_image(folder / name) for name in names}
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read one image file as RGB, upright, transparency on white. Raises ValueError for anything but a whole 8-bit image."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path.name!r} is not a whole image that Pillow can read ({error}); replace or remove it"
+        ) from error
+    if upright.mode[0] in "IF":
+        raise ValueError(f"{path.name!r} has {upright.mode} pixels; save it with 8 bits a channel")
+    if upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    return upright.convert("RGB")
 
 
 def encode_images(images: Sequence, processor, model):
@@ -94,23 +112,6 @@ def patch_maps(model, inputs, values: torch.Tensor) -> torch.Tensor:
     """Arrange values of tokens (..., batch, tokens) as maps of the image (..., batch, rows, columns), no prefix."""
     prefix, rows, columns = patch_grid(model, inputs["pixel_values"].shape[-2:])
     return values[..., prefix:].unflatten(-1, (rows, columns))
-
-
-def _read_rgb(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path.name!r} is not a whole image that Pillow can read ({error}); replace or remove it"
-        ) from error
-    if upright.mode[0] in "IF":
-        raise ValueError(f"{path.name!r} has {upright.mode} pixels; save it with 8 bits a channel")
-    if upright.has_transparency_data:
-        upright = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    return upright.convert("RGB")
 
 
 def _blur(pixels: torch.Tensor, width: float) -> torch.Tensor:
