@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: figures test lab benchmark clean
+.PHONY: figures test report lab benchmark clean
 .DEFAULT_GOAL := figures
 
 figures: $(VENV)/ready  ## all notebooks on the default profile, in place
@@ -11,6 +11,9 @@ figures: $(VENV)/ready  ## all notebooks on the default profile, in place
 
 test: $(VENV)/ready
 	$(RUN) -m pytest
+
+report: $(VENV)/ready  ## the executed collection as static pages, in runs/report
+	$(RUN) -m helpers.pipeline report
 
 lab: $(VENV)/ready
 	$(VENV)/bin/jupyter lab notebooks
