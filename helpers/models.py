@@ -234,6 +234,46 @@ def fast_attention(model):
         model.set_attn_implementation(before)
 
 
+def transformer_blocks(model) -> list:
+    """Return the transformer blocks of a model in order. Raises ValueError where they cannot be told."""
+    n_layers = model.config.num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers:
+            return list(module)
+    raise ValueError(f"{type(model).__name__} has no list of its {n_layers} transformer blocks")
+
+
+@contextmanager
+def record_value_norms(model):
+    """Record, in the enclosed forward pass, how long the vectors are that each head moves: attention weighs only them.
+
+    Yields a list that holds afterwards one tensor (batch, heads, tokens) a layer, ‖v_j W_O‖ of every head's values v
+    and output weights W_O. Source: Kobayashi et al. (2020). Raises ValueError for a model without such projections.
+    """
+    n_heads, norms, hooks = model.config.num_attention_heads, [], []
+
+    def record(weight):
+        def hook(module, args, output):
+            values = output.detach().unflatten(-1, (n_heads, -1))  # (batch, tokens, heads, width)
+            gram = torch.einsum("dhi,dhj->hij", (split := weight.unflatten(-1, (n_heads, -1))), split)  # W_Oᵀ W_O
+            norms.append(torch.einsum("bthi,hij,bthj->bht", values, gram, values).clamp(min=0).sqrt())
+
+        return hook
+
+    for block in transformer_blocks(model):
+        named = dict(block.named_modules())
+        value = [module for name, module in named.items() if name.rsplit(".")[-1] in ("value", "v_lin", "v_proj")]
+        out = [module for name, module in named.items() if name.endswith(("attention.output.dense", "out_lin", "o_proj"))]
+        if len(value) != 1 or len(out) != 1:
+            raise ValueError(f"{type(model).__name__} has no value and output projections that are known here")
+        hooks.append(value[0].register_forward_hook(record(out[0].weight)))
+    try:
+        yield norms
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @contextmanager
 def _differentiable_embeddings(model, enabled: bool):
     """Start the autograd graph at the embeddings, so that frozen weights cost no gradient."""

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -105,9 +106,47 @@ def save_table(table, folder: Path, name: str) -> None:
     table.to_csv(folder / f"{name}.csv", float_format="%.6g")
 
 
+def save_records(records, folder: Path, name: str) -> None:
+    """Write a DataFrame with one line an input, or a token, to `folder`/results/`name`.parquet for other notebooks."""
+    path = folder / "results" / f"{name}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records.to_parquet(path, index=False, compression="zstd")
+
+
+def load_records(folder: Path, name: str):
+    """Read what `save_records` wrote. Raises FileNotFoundError that says which notebook makes it."""
+    return pd.read_parquet(_made_by(name, folder / "results" / f"{name}.parquet"))
+
+
 def save_results(results: dict, folder: Path, name: str) -> Path:
     """Write the headline numbers of a notebook to `folder`/results/`name`.json and return that path."""
     path = folder / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf8")
+    return path
+
+
+def load_results(folder: Path, name: str, **expected) -> dict:
+    """Read the headline numbers of a notebook, made with the `expected` parameters.
+
+    Raises FileNotFoundError where the notebook has not run into `folder`, ValueError where it ran with other parameters;
+    both say how to make them.
+    """
+    path = _made_by(name, folder / "results" / f"{name}.json")
+    results = json.loads(path.read_text(encoding="utf8"))
+    differing = {key: value for key, value in expected.items() if results.get(key) != value}
+    if differing:
+        found = ", ".join(f"{key} {results.get(key)!r} and not {value!r}" for key, value in differing.items())
+        raise ValueError(f"{path.name} was made with {found}; run {name} and this notebook with the same parameters")
+    return results
+
+
+def _made_by(name: str, path: Path) -> Path:
+    """Return the path of a result if it is there; `name` starts with the number of the notebook that makes it."""
+    if not path.exists():
+        [notebook] = [file.stem for file in sorted((PROJECT_ROOT / "notebooks").glob(f"{name[:2]}_*.ipynb"))]
+        raise FileNotFoundError(
+            f"{path.name} is not in {path.parent.parent.name}/results; notebook {notebook} makes it: "
+            f"`python -m helpers.pipeline run --only {notebook}` with the profile and --output of this run"
+        )
     return path

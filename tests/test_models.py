@@ -32,8 +32,10 @@ from helpers.models import (
     max_tokens,
     patch_players,
     read_attention,
+    record_value_norms,
     resolve_target,
     token_players,
+    transformer_blocks,
     word_groups,
 )
 from helpers.runtime import PROJECT_ROOT
@@ -430,3 +432,84 @@ def test_image_that_does_not_divide_into_patches_is_refused(image_model, size):
 def test_model_without_patches_is_refused(model):
     with pytest.raises(ValueError, match="bert has no single patch_size"):
         patch_players(model, {"pixel_values": torch.zeros(1, 3, 16, 16)})
+
+
+# Blocks, and the lengths of the values
+
+
+def test_blocks_are_those_that_a_forward_pass_enters_in_order(text_classifier):
+    model, tokenizer = text_classifier
+    blocks, entered = transformer_blocks(model), []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, args: entered.append(module))
+    model(**encode(SENTENCES[:1], tokenizer, model))
+    assert entered == blocks and len(blocks) == model.config.num_hidden_layers
+
+
+def test_model_whose_blocks_cannot_be_told_is_refused(model):
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ValueError, match="BertForSequenceClassification has no list of its 7 transformer blocks"):
+        transformer_blocks(model)
+
+
+def test_value_norm_is_the_length_of_the_vector_that_a_head_moves(model, tokenizer):
+    inputs = encode(SENTENCES, tokenizer, model)
+    torch.nn.init.normal_(model.bert.encoder.layer[1].attention.self.value.bias)
+    with record_value_norms(model) as norms:
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    assert [layer.shape for layer in norms] == 3 * [(3, 4, inputs["input_ids"].shape[1])]
+    layer, row, head, token = 1, 2, 3, 4  # heads are 8 wide
+    attention = model.bert.encoder.layer[layer].attention
+    value = attention.self.value(states[layer][row, token])[8 * head : 8 * head + 8]
+    moved = attention.output.dense.weight[:, 8 * head : 8 * head + 8] @ value
+    assert_close(norms[layer][row, head, token], moved.norm())
+
+
+def test_value_norm_of_an_image_patch_is_the_change_of_the_output_that_its_head_makes(image_model):
+    seen = {}
+    named = dict(transformer_blocks(image_model)[1].named_modules())
+    [value] = [module for name, module in named.items() if name.endswith(("value", "v_proj"))]
+    [out] = [module for name, module in named.items() if name.endswith(("attention.output.dense", "o_proj"))]
+    value.register_forward_hook(lambda module, args, output: seen.update(value=output))
+    with record_value_norms(image_model) as norms:
+        image_model(pixel_values=torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    row, head, token = 1, 2, 3
+    alone = torch.zeros(32)
+    alone[8 * head : 8 * head + 8] = seen["value"][row, token, 8 * head : 8 * head + 8]
+    assert_close(norms[1][row, head, token], (out(alone) - out(torch.zeros(32))).norm())
+
+
+def count_hooks(model):
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_value_norms_leave_the_model_as_it_is_and_differ_between_heads(text_classifier):
+    model, tokenizer = text_classifier
+    inputs = encode(SENTENCES, tokenizer, model)
+    expected, hooks = model(**inputs).logits, count_hooks(model)
+    with record_value_norms(model) as norms:
+        assert torch.equal(model(**inputs).logits, expected)
+    model(**inputs)
+    config = model.config
+    shape = (3, config.num_attention_heads, inputs["input_ids"].shape[1])
+    assert [layer.shape for layer in norms] == config.num_hidden_layers * [shape] and count_hooks(model) == hooks
+    assert all((layer > 0).all() and (layer.std(1) > 0).all() for layer in norms)
+
+
+def test_hooks_of_value_norms_leave_also_after_an_error(model):
+    hooks = count_hooks(model)
+    with pytest.raises(KeyError), record_value_norms(model):
+        assert count_hooks(model) == hooks + 3
+        raise KeyError
+    assert count_hooks(model) == hooks
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_model_with_unknown_projections_is_refused_and_keeps_no_hooks(model, layer):
+    hooks = count_hooks(model)
+    attention = model.bert.encoder.layer[layer].attention.self
+    attention.mixed = attention.value
+    del attention.value
+    with pytest.raises(ValueError, match="no value and output projections"), record_value_norms(model):
+        pass
+    assert count_hooks(model) == hooks

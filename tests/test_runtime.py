@@ -103,3 +103,33 @@ def test_results_that_are_no_number_are_refused_and_leave_the_old_file(tmp_path,
     with pytest.raises(ValueError, match="not JSON compliant"):
         runtime.save_results({"accuracy": bad}, tmp_path, "numbers")
     assert json.loads(path.read_text(encoding="utf8")) == {"accuracy": 0.86}
+
+
+def test_records_read_back(tmp_path):
+    records = pd.DataFrame({"text": ["ä", "b"], "token": [0, 1], "score": [0.1, math.nan]}, index=[5, 3])
+    runtime.save_records(records, tmp_path / "new", "01_scores")
+    back = runtime.load_records(tmp_path / "new", "01_scores")
+    pd.testing.assert_frame_equal(back, records.reset_index(drop=True))
+
+
+def test_results_made_with_the_expected_parameters_are_loaded(tmp_path):
+    runtime.save_results({"seed": 0, "n_samples": 8, "accuracy": 0.86}, tmp_path, "01_nlp_shapley")
+    assert runtime.load_results(tmp_path, "01_nlp_shapley", seed=0, n_samples=8)["accuracy"] == 0.86
+
+
+@pytest.mark.parametrize(("load", "file"), [("load_results", "02_vit_shapley.json"), ("load_records", "02_scores.parquet")])
+def test_missing_result_names_the_notebook_and_the_command_that_make_it(tmp_path, load, file):
+    with pytest.raises(FileNotFoundError) as caught:
+        getattr(runtime, load)(tmp_path / "run", file.split(".")[0])
+    message = str(caught.value)
+    assert f"{file} is not in run/results; notebook 02_vit_shapley makes it" in message
+    assert "`python -m helpers.pipeline run --only 02_vit_shapley`" in message
+
+
+def test_results_of_other_parameters_name_both_values_and_what_to_run(tmp_path):
+    runtime.save_results({"seed": 0, "n_samples": 8, "device": "cpu"}, tmp_path, "01_nlp_shapley")
+    with pytest.raises(ValueError) as caught:
+        runtime.load_results(tmp_path, "01_nlp_shapley", seed=1, device="cpu", model_id="bert")
+    message = str(caught.value)
+    assert "seed 0 and not 1, model_id None and not 'bert'" in message and "device" not in message
+    assert "run 01_nlp_shapley and this notebook with the same parameters" in message

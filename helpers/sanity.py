@@ -1,0 +1,56 @@
+"""Does an explanation depend on what the model has learned? Randomise its weights step by step, and look again.
+
+Source: Adebayo et al. (2018), Sanity checks for saliency maps.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import pandas as pd
+import torch
+
+from helpers.comparisons import rank_agreement
+from helpers.models import transformer_blocks
+
+
+def randomisation_cascade(model, seed: int = 0) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield (step, model) as the weights of a copy are drawn anew, from the head down: "head", last block, ..., "embeddings".
+
+    Every step keeps the randomness of the steps before it. Weights are drawn as the model's own class draws them before
+    training. The model itself is left as it is; what is yielded is one object, changed from step to step.
+    """
+    randomised = copy.deepcopy(model)
+    blocks = transformer_blocks(randomised)
+    inside = {id(module) for block in blocks for module in block.modules()}
+    modules = list(randomised.modules())  # in the order of the forward pass: embeddings, blocks, head
+    first = modules.index(blocks[0])
+    steps = [("head", [module for module in modules[first:] if id(module) not in inside])]
+    steps += [(f"block {number}", list(block.modules())) for number, block in reversed(list(enumerate(blocks)))]
+    steps.append(("embeddings", modules[:first]))
+    for number, (name, chosen) in enumerate(steps):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + number)
+            for module in chosen:
+                _draw_again(randomised, module)
+        yield name, randomised
+
+
+def rank_correlation(first: torch.Tensor, second: torch.Tensor, players: torch.Tensor) -> float:
+    """Return the mean over inputs of Spearman's correlation between two attributions (batch, tokens) at the players.
+
+    NaN where one of them ranks nothing on every input.
+    """
+    row = players.nonzero(as_tuple=True)[0].cpu().numpy()
+    both = {name: values[players].double().cpu().numpy() for name, values in (("first", first), ("second", second))}
+    return float(rank_agreement(pd.DataFrame(both), row).loc["first", "second"])
+
+
+@torch.no_grad()
+def _draw_again(model, module) -> None:
+    """Draw a module's own weights as its model class does, or its plain parameters from a normal distribution."""
+    own = dict(module.named_parameters(recurse=False))
+    for parameter in own.values():
+        parameter._is_hf_initialized = False
+    module._is_hf_initialized = False
+    if own:
+        model._init_weights(module)
