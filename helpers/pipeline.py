@@ -1,151 +1,22 @@
-"""Run the notebooks in order through papermill: `python -m helpers.pipeline run --profile default`."""
+"""Run the notebooks through papermill, once or over a grid of parameters, here or on a cluster."""
 
-import base64
-import io
-import tempfile
-from difflib import get_close_matches
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 
 import click
-import nbformat
-import papermill
-import yaml
-from PIL import Image
-from papermill.exceptions import PapermillExecutionError
+import fsspec
+from filelock import Timeout
+from tqdm import tqdm
 
-from helpers.runtime import PROJECT_ROOT, project_path
+from helpers.manifests import IN_PLACE, forget, is_url, lock, record_plan, run_states, unfinished_runs
+from helpers.plans import (  # noqa: F401
+    NOTEBOOKS, PROFILES, PROJECT_ROOT, load_profile, notebook_names, notebook_parameters, plan_run, plan_sweep,
+    read_value,
+)  # fmt: skip
+from helpers.runs import clean_notebook, complete_plan, run_notebook  # noqa: F401
 
-NOTEBOOKS = PROJECT_ROOT / "notebooks"
-PROFILES = PROJECT_ROOT / "data" / "profiles"
 FIGURES = PROJECT_ROOT / "figures"
-WIDGET = "application/vnd.jupyter.widget-view+json"
-
-
-def notebook_names() -> list[str]:
-    """Return the names of the collection's notebooks in running order."""
-    return sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.ipynb"))
-
-
-def notebook_parameters(name: str) -> dict[str, str]:
-    """Return the type, as written in its parameters cell, of each parameter of a notebook."""
-    found = papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb")
-    return {parameter: about["inferred_type_name"] for parameter, about in found.items()}
-
-
-def load_profile(profile: str) -> dict[str, dict]:
-    """Read data/profiles/`profile`.yaml, or a YAML file by path: parameters under `all` and under notebook names.
-
-    Raises FileNotFoundError for a profile that does not exist, ValueError for one that is not such a mapping.
-    """
-    path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
-    if not path.exists():
-        known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
-        raise FileNotFoundError(f"profile {profile!r} does not exist; use one of {known}, or the path of a YAML file")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name} is not valid YAML: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(part or {}, dict) for part in content.values()):
-        raise ValueError(f"{path.name} must map 'all' and notebook names to parameters")
-    return {name: part or {} for name, part in content.items()}
-
-
-def plan_run(profile: str, only: list[str] | None = None, overrides: dict | None = None) -> dict[str, dict]:
-    """Return {notebook: parameters} in running order, every name and type checked before anything starts.
-
-    Parameters under `all`, and overrides, go to each chosen notebook that has them.
-    Raises ValueError for an unknown notebook or parameter (with the nearest name), or a value of another type.
-    """
-    content, names, overrides = load_profile(profile), notebook_names(), overrides or {}
-    for name in [*(only or []), *(key for key in content if key != "all")]:
-        _check_known(name, names, "notebook")
-    chosen = [name for name in names if not only or name in only]
-    types = {name: notebook_parameters(name) for name in chosen}
-    known_by_any = {parameter for found in types.values() for parameter in found}
-    for parameter in content.get("all", {}):
-        _check_known(parameter, {known for name in names for known in notebook_parameters(name)}, "parameter")
-    for parameter in overrides:
-        _check_known(parameter, known_by_any, "parameter")
-    plan = {}
-    for name in chosen:
-        shared = {key: value for key, value in content.get("all", {}).items() if key in types[name]}
-        own = content.get(name, {})
-        for parameter in own:
-            _check_known(parameter, types[name], f"parameter of {name}")
-        given = {key: value for key, value in overrides.items() if key in types[name]}
-        plan[name] = {key: _checked(key, value, types[name][key]) for key, value in {**shared, **own, **given}.items()}
-    return plan
-
-
-def run_notebook(name: str, parameters: dict, output: Path) -> Path:
-    """Execute one notebook into `output`/notebooks, its figures into `output`/figures, and return the executed file.
-
-    Below the project root the collection itself is refreshed: the parameters are the notebook's own, and the file
-    changes only when every cell has run. Elsewhere a failed notebook is left as far as it came, with its error.
-    """
-    target = output / "notebooks" / f"{name}.ipynb"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if output != PROJECT_ROOT:
-        parameters = {**parameters, "figures_dir": str((output / "figures").resolve())}
-        _execute(name, target, parameters)
-        return target
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".running-") as folder:
-        executed = Path(folder, target.name)
-        _execute(name, executed, parameters)
-        executed.replace(target)
-    return target
-
-
-def clean_notebook(path: Path) -> None:
-    """Remove what a reader should not meet: progress bars, the bookkeeping of papermill and of widgets; pack the pictures."""
-    notebook = nbformat.read(path, as_version=4)
-    for key in ("papermill", "widgets"):
-        notebook.metadata.pop(key, None)
-    for cell in notebook.cells:
-        for key in ("papermill", "execution"):
-            cell.metadata.pop(key, None)
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
-            for output in cell.outputs:
-                if "image/png" in output.get("data", {}):
-                    output.data["image/png"] = _with_palette(output.data["image/png"])
-    nbformat.write(notebook, path)
-
-
-def _execute(name: str, target: Path, parameters: dict) -> None:
-    papermill.execute_notebook(
-        NOTEBOOKS / f"{name}.ipynb", target, parameters, kernel_name="python3", cwd=str(PROJECT_ROOT)
-    )
-    clean_notebook(target)
-
-
-def _with_palette(picture: str) -> str:
-    """Return a base64 PNG in 256 colours: a third of the size, and the eye sees no difference."""
-    packed = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").quantize(256).save(packed, "PNG", optimize=True)
-    return base64.b64encode(packed.getvalue()).decode()
-
-
-def _is_progress(output) -> bool:
-    if WIDGET in output.get("data", {}):
-        return True
-    text = output.get("text", "")
-    return output.output_type == "stream" and output.name == "stderr" and (not text.strip() or "%|" in text)
-
-
-def _check_known(name: str, known, kind: str) -> None:
-    if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{kind} {name!r} is unknown; {hint}known: {', '.join(sorted(known))}")
-
-
-def _checked(name: str, value, kind: str):
-    """Return the value if it fits the annotated type of its parameter; an int serves as a float."""
-    python_type = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list}[kind.split("[")[0]]
-    if not isinstance(value, python_type) or (isinstance(value, bool) and kind != "bool"):
-        raise ValueError(f"parameter {name!r} must be {kind}, not {value!r}")
-    return value
 
 
 @click.group(help=__doc__)
@@ -157,27 +28,182 @@ def app() -> None:
 @click.option("--profile", default="default", show_default=True, help="smoke, default or paper, or a YAML file's path")
 @click.option("-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="may be repeated")
 @click.option("--only", multiple=True, metavar="NOTEBOOK", help="a notebook's name, may be repeated")
-@click.option("--output", type=Path, help="folder for notebooks and figures  [default: see above]")
-def run(profile: str, pairs: tuple, only: tuple, output: Path | None) -> None:
+@click.option("--output", help="folder, or URL known to fsspec, for notebooks and figures  [default: see above]")
+@click.option("--force", is_flag=True, help="repeat what is finished, too")
+def run(profile: str, pairs: tuple, only: tuple, output: str | None, force: bool) -> None:
     """Run the notebooks of a profile in order.
 
     The default profile with nothing overridden refreshes the collection in place; anything else goes to --output, or
     to runs/PROFILE.
+
+    What is finished there is not repeated while notebook, helpers and parameters are the same: whatever cut a run off,
+    the same command does the rest. In place everything runs again, unless the last command was cut off or a notebook
+    failed: then the rest does. Logs and manifests of the collection are in runs/in-place.
     """
-    try:
-        overrides = {name: yaml.safe_load(value) for name, value in pairs}
+    with one_line_errors():
+        overrides = {name: read_value(value) for name, value in pairs}
         plan = plan_run(profile, list(only), overrides)
+        in_place = profile == "default" and not pairs
+        folder = output_folder(output or ("." if in_place else f"runs/{Path(profile).stem}"), in_place)
+        runs = {".": {"plan": plan, "varied": overrides}}
+        with refreshing(plan) if folder == str(IN_PLACE) else nullcontext():
+            prepare(runs, folder)
+            if force:
+                forget(runs, folder)
+            follow(((".", manifest) for manifest in complete_plan(plan, folder)), len(plan))
+            click.echo(f"notebooks and figures in {PROJECT_ROOT if folder == str(IN_PLACE) else folder}")
+
+
+@app.command()
+@click.argument("grid", metavar="GRID.yaml")
+@click.option("--output", help="folder, or URL known to fsspec, with a folder for each run  [default: runs/GRID]")
+@click.option("--workers", type=click.IntRange(1), help="processes on this machine  [default: one a core, or a GPU]")
+@click.option("--scheduler", metavar="ADDRESS", help="of a Dask cluster that does the work, such as tcp://host:8786")
+@click.option("--gpu", is_flag=True, help="a GPU for each notebook; on a cluster from `dask worker --resources GPU=1`")
+@click.option("--force", is_flag=True, help="repeat what is finished, too")
+def sweep(grid: str, output: str | None, workers: int | None, scheduler: str | None, gpu: bool, force: bool) -> None:
+    """Run notebooks over a grid of parameters, many at once.
+
+    GRID.yaml names a profile to begin with, notebooks, and parameters with lists of values; every combination gets a
+    folder. See data/sweeps. The numbers of all of them are gathered in metrics.csv.
+
+    What is finished is not repeated: whatever cut a sweep off, the same command does the rest, and a larger grid adds
+    to it. A failed notebook holds back only those that read from it; a lost worker costs only what it was at.
+    """
+    from helpers import sweeps  # Dask, which the other commands do not need
+
+    with one_line_errors():
+        runs = plan_sweep(grid)
+        folder = output_folder(output or f"runs/{Path(grid).stem}")
+        total = sum(len(about["plan"]) for about in runs.values())
+        prepare(runs, folder)
+        kept, rest = ([], runs) if force else unfinished_runs(runs, folder)
+        tasks = sum(len(about["plan"]) for about in rest.values())
+        if not tasks:
+            cluster = nullcontext()
+        elif scheduler:
+            cluster = sweeps.cluster_workers(scheduler, gpu)
+        else:
+            cluster = sweeps.local_workers(workers, tasks, gpu)
+        with cluster as client:
+            if force:
+                forget(runs, folder)
+            try:
+                follow(chain(kept, sweeps.complete_sweep(rest, folder, client, gpu) if tasks else ()), total)
+            finally:
+                click.echo(f"{sweeps.gather_metrics(folder)} numbers in {folder}/metrics.csv")
+
+
+@app.command()
+@click.argument("folder")
+def status(folder: str) -> None:
+    """Show what became of all that was run into FOLDER: finished, failed, running, stale or missing.
+
+    A run is stale when its notebook, the helpers or its files have changed since, missing when it never began or was
+    cut off. That of the collection itself is in runs/in-place.
+    """
+    with one_line_errors():
+        rows = [("run", "notebook", "state", "seconds", "log of failures")]
+        for name, notebook, state, manifest in run_states(output_folder(folder, in_place=True)):
+            log = manifest["log"] if state == "failed" else ""
+            rows.append((name, notebook, state, str(manifest.get("seconds", "")), log))
+        if len(rows) == 1:
+            raise click.UsageError(f"{folder} holds no run; give the --output of a run or a sweep, such as runs/smoke")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+@app.command()
+@click.argument("source", default=".")
+@click.option("--output", help="folder for the pages  [default: runs/report for the collection, else SOURCE/report]")
+def report(source: str, output: str | None) -> None:
+    """Render the executed notebooks of the collection, or of a run's folder SOURCE, as pages to read."""
+    from helpers.report import render  # nbconvert, which the other commands do not need
+
+    with one_line_errors():
+        folder = PROJECT_ROOT / source
+        target = output or ("runs/report" if folder.resolve() == PROJECT_ROOT else folder / "report")
+        click.echo(render(folder.resolve(), (PROJECT_ROOT / target).resolve()))
+
+
+def output_folder(output: str, in_place: bool = False) -> str:
+    """Return where a run goes: a URL as it is, any other folder from the project root, for the root itself IN_PLACE.
+
+    Raises ValueError for a URL that cannot be written to, and for the root unless `in_place` allows it.
+    """
+    if is_url(output):
+        try:
+            fsspec.url_to_fs(output)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"output {output!r} cannot be used: {error}") from error
+        return output
+    folder = (PROJECT_ROOT / Path(output).expanduser()).resolve()
+    if folder in (PROJECT_ROOT, IN_PLACE):
+        if not in_place:
+            asked = "only the default profile with nothing overridden refreshes the collection"
+            raise ValueError(f"{asked}; choose another --output")
+        return str(IN_PLACE)
+    return str(folder)
+
+
+def prepare(runs: dict[str, dict], folder: str) -> None:
+    """Note in `folder` what is going to run. Raises ValueError or OSError where that cannot be."""
+    try:
+        record_plan(folder, runs)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # every storage has errors of its own
+        raise OSError(f"{type(error).__name__}: {error}: {folder}") from error
+
+
+def follow(manifests, total: int) -> None:
+    """Report every (run, manifest) as it comes. Raises ClickException in the end if not all are finished."""
+    unfinished = []
+    with tqdm(total=total, unit="notebook", disable=None) as bar:
+        for name, manifest in manifests:
+            what = manifest["notebook"] if name == "." else f"{name}: {manifest['notebook']}"
+            if manifest["status"] != "finished":
+                unfinished.append(what)
+                said = f"{manifest['error']}; log: {manifest['log']}"
+            else:
+                said = "was finished before" if "kept" in manifest else f"finished in {manifest['seconds']:.1f} s"
+            with bar.external_write_mode():
+                click.echo(f"{what} {said}")
+            bar.update()
+    if unfinished:
+        found = f"{len(unfinished)} of {total} notebooks did not finish"
+        raise click.ClickException(f"{found}; the same command tries them again")
+
+
+@contextmanager
+def refreshing(plan: dict[str, dict]):
+    """Keep others off the collection for a block; it starts afresh unless the block before did not come to its end."""
+    unfinished = IN_PLACE / "unfinished"
+    try:
+        with lock("collection", IN_PLACE).acquire(timeout=0):
+            if not unfinished.exists():
+                forget({".": {"plan": plan}}, str(IN_PLACE))
+            unfinished.touch()
+            yield
+            unfinished.unlink()
+    except Timeout as error:
+        found = "another command is refreshing the collection"
+        raise click.ClickException(f"{found}; wait for it, or give an --output") from error
+
+
+@contextmanager
+def one_line_errors():
+    """Turn what may be wrong with the input, or with the place that a run goes to, into one line and an exit status."""
+    try:
+        yield
     except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
-    in_place = profile == "default" and not pairs
-    folder = project_path(output or ("." if in_place else Path("runs", Path(profile).stem))).resolve()
-    if folder == PROJECT_ROOT and not in_place:
-        raise click.UsageError("only the default profile with nothing overridden refreshes the collection; choose another --output")
-    for name, parameters in plan.items():
-        try:
-            click.echo(f"{name} -> {run_notebook(name, parameters, folder)}")
-        except PapermillExecutionError as error:
-            raise click.ClickException(f"{name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}") from error
+    except ConnectionError as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        advice = "free space, or choose another --output; finished notebooks are kept"
+        raise click.ClickException(f"{error}; {advice}") from error
 
 
 if __name__ == "__main__":

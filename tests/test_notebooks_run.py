@@ -94,11 +94,22 @@ def check_tcav(results):
             assert scores[-1] == target["plain"][concept][-1] == target["cls"][concept][-1]
 
 
+def check_comparisons(results):
+    for part in results["sanity"].values():
+        assert all(part["head"][row] == 1 for row in ("Shapley-Att-CLS", "Att (received)", "Attention rollout"))
+        assert part["head"]["Shapley-Grad-Att-CLS"] < 1
+    assert 0.05 < results["finds_trigger"]["Leave-one-out"] <= 1
+    assert results["kendall_tau"]["mask"] == 1 and all(-1 <= tau <= 1 for tau in results["kendall_tau"].values())
+    assert max(results["ablation"].values()) == results["ablation"][results["chosen"]]
+    assert set(results["beats_all_published"]) == set(results["chosen_comp"]) == set(results["sets"])
+
+
 INVARIANTS = {
     "01_nlp_shapley": check_nlp_shapley,
     "02_vit_shapley": check_vit_shapley,
     "03_concept_training": check_concept_training,
     "04_tcav": check_tcav,
+    "05_comparisons": check_comparisons,
 }
 
 

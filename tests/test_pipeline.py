@@ -2,64 +2,34 @@
 
 import nbformat
 import pytest
-from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from tiny_project import PARAMETERS, invoke, write_notebook, write_profile
 
-from helpers import pipeline
-from helpers.pipeline import plan_run
+import helpers.plans
+import helpers.runs
 
-PARAMETERS = """\
-n_samples: int = 10  # sentences
-level: float = 0.5  # share
-sets: list = ["movies"]  # names
-name: str = "auto"  # name
-quick: bool = False  # or not
-figures_dir: str = "figures"  # folder"""
+pytest_plugins = ["tiny_project"]
 
 
 @pytest.fixture
-def collection(tmp_path, monkeypatch):
-    """A collection of two notebooks and a default profile in place of ours; its root."""
-    for attribute, folder in (("NOTEBOOKS", "notebooks"), ("PROFILES", "profiles")):
-        (tmp_path / folder).mkdir()
-        monkeypatch.setattr(pipeline, attribute, tmp_path / folder)
-    monkeypatch.setattr(pipeline, "PROJECT_ROOT", tmp_path)
-    monkeypatch.setattr("helpers.runtime.PROJECT_ROOT", tmp_path)
-    write_notebook("02_second", PARAMETERS.replace("quick: bool = False  # or not\n", ""))
-    write_notebook("01_first", PARAMETERS)
-    write_profile("default", "all: {}")
-    return tmp_path
-
-
-def write_notebook(name, parameters=PARAMETERS, *code):
-    cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(new_code_cell, code)]
-    metadata = {"kernelspec": {"name": "python3", "display_name": "python", "language": "python"}}
-    path = pipeline.NOTEBOOKS / f"{name}.ipynb"
-    nbformat.write(new_notebook(cells=[new_markdown_cell(f"# {name}"), *cells], metadata=metadata), path)
-    return path
-
-
-def write_profile(name, text):
-    path = pipeline.PROFILES / f"{name}.yaml"
-    path.write_text(text, encoding="utf8")
-    return str(path)
-
-
-def run(*arguments):
-    return CliRunner().invoke(pipeline.app, ["run", *arguments])
+def collection(project):
+    """Two notebooks, of which the second has no parameter `quick`; `plan_run` of that project; its root."""
+    write_notebook(project.root, "02_second", parameters=PARAMETERS.replace("quick: bool = False  # or not\n", ""))
+    return project
 
 
 # Plans
 
 
 def test_notebooks_run_in_the_order_of_their_numbers(collection):
-    (pipeline.NOTEBOOKS / "scratch.ipynb").write_text("{}")
-    assert list(plan_run("default")) == ["01_first", "02_second"]
+    (collection.root / "notebooks" / "scratch.ipynb").write_text("{}")
+    assert list(collection.plans.plan_run("default")) == ["01_first", "02_second"]
 
 
 def test_own_values_override_shared_ones_and_the_command_line_both(collection):
-    write_profile("mine", "all: {n_samples: 1, level: 1, quick: true}\n01_first: {n_samples: 2, level: 0.25}")
-    assert plan_run("mine", overrides={"n_samples": 3}) == {
+    text = "all: {n_samples: 1, level: 1, quick: true}\n01_first: {n_samples: 2, level: 0.25}"
+    write_profile(collection.root, "mine", text)
+    assert collection.plans.plan_run("mine", overrides={"n_samples": 3}) == {
         "01_first": {"n_samples": 3, "level": 0.25, "quick": True},
         "02_second": {"n_samples": 3, "level": 1},  # it has no parameter `quick`
     }
@@ -68,40 +38,40 @@ def test_own_values_override_shared_ones_and_the_command_line_both(collection):
 def test_profile_may_be_a_file_anywhere(collection, tmp_path):
     path = tmp_path / "elsewhere.yml"
     path.write_text("02_second: {name: cpu}")
-    assert plan_run(str(path), ["02_second"]) == {"02_second": {"name": "cpu"}}
+    assert collection.plans.plan_run(str(path), ["02_second"]) == {"02_second": {"name": "cpu"}}
 
 
 def test_only_the_named_notebooks_run(collection):
-    write_profile("mine", "01_first: {n_samples: 2}")
-    assert plan_run("mine", only=["02_second"]) == {"02_second": {}}
+    write_profile(collection.root, "mine", "01_first: {n_samples: 2}")
+    assert collection.plans.plan_run("mine", only=["02_second"]) == {"02_second": {}}
 
 
 @pytest.mark.parametrize("wrong", ["n_sample", "nsamples"])
 def test_unknown_parameter_suggests_the_nearest(collection, wrong):
     with pytest.raises(ValueError, match=f"parameter '{wrong}' is unknown; did you mean 'n_samples'"):
-        plan_run("default", overrides={wrong: 3})
-    write_profile("mine", f"01_first: {{{wrong}: 3}}")
+        collection.plans.plan_run("default", overrides={wrong: 3})
+    write_profile(collection.root, "mine", f"01_first: {{{wrong}: 3}}")
     with pytest.raises(ValueError, match=f"parameter of 01_first '{wrong}' is unknown; did you mean 'n_samples'"):
-        plan_run("mine")
+        collection.plans.plan_run("mine")
 
 
 def test_shared_parameter_that_no_notebook_has_is_refused(collection):
-    write_profile("mine", "all: {n_sample: 3}")
+    write_profile(collection.root, "mine", "all: {n_sample: 3}")
     with pytest.raises(ValueError, match="'n_sample' is unknown; did you mean 'n_samples'"):
-        plan_run("mine")
+        collection.plans.plan_run("mine")
 
 
 def test_parameter_of_another_notebook_is_refused_where_it_stands(collection):
-    write_profile("mine", "02_second: {quick: true}")
+    write_profile(collection.root, "mine", "02_second: {quick: true}")
     with pytest.raises(ValueError, match="parameter of 02_second 'quick' is unknown"):
-        plan_run("mine")
+        collection.plans.plan_run("mine")
 
 
 @pytest.mark.parametrize("place", ["only", "profile"])
 def test_unknown_notebook_suggests_the_nearest(collection, place):
-    write_profile("mine", "01_frist: {n_samples: 1}")
+    write_profile(collection.root, "mine", "01_frist: {n_samples: 1}")
     with pytest.raises(ValueError, match="notebook '01_frist' is unknown; did you mean '01_first'.*known: 01_first, "):
-        plan_run(*(("default", ["01_frist"]) if place == "only" else ("mine",)))
+        collection.plans.plan_run(*(("default", ["01_frist"]) if place == "only" else ("mine",)))
 
 
 @pytest.mark.parametrize(
@@ -114,31 +84,39 @@ def test_unknown_notebook_suggests_the_nearest(collection, place):
 )  # fmt: skip
 def test_value_of_another_type_is_refused_before_anything_runs(collection, parameter, value, kind):
     with pytest.raises(ValueError, match=f"parameter '{parameter}' must be {kind}, not {value!r}"):
-        plan_run("default", overrides={parameter: value})
+        collection.plans.plan_run("default", overrides={parameter: value})
 
 
 def test_missing_profile_lists_the_ones_there_are(collection):
-    write_profile("smoke", "")
+    write_profile(collection.root, "smoke", "")
     with pytest.raises(FileNotFoundError, match="profile 'smok' does not exist; use one of default, smoke, or "):
-        plan_run("smok")
+        collection.plans.plan_run("smok")
 
 
 def test_broken_profile_names_file_and_line(collection):
-    write_profile("mine", "all:\n  n_samples: 3\n  sets: [movies\n")
-    with pytest.raises(ValueError, match=r"(?s)mine.yaml is not valid YAML.*line [34]"):
-        plan_run("mine")
+    write_profile(collection.root, "mine", "all:\n  n_samples: 3\n  sets: [movies\n")
+    said = r"^mine.yaml is not valid YAML: line 4, column 1: expected ',' or '\]'[^\n]*$"
+    with pytest.raises(ValueError, match=said):
+        collection.plans.plan_run("mine")
+
+
+def test_profile_in_another_encoding_is_refused(collection, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("all: {name: Zoë}".encode("latin1"))
+    with pytest.raises(ValueError, match="mine.yaml is not valid YAML: it is no UTF-8 text"):
+        collection.plans.plan_run(str(path))
 
 
 @pytest.mark.parametrize("text", ["- n_samples", "n_samples: 3", "just words"])
 def test_profile_that_is_no_mapping_of_notebooks_is_refused(collection, text):
-    write_profile("mine", text)
+    write_profile(collection.root, "mine", text)
     with pytest.raises(ValueError, match="mine.yaml must map 'all' and notebook names to parameters"):
-        plan_run("mine")
+        collection.plans.plan_run("mine")
 
 
 @pytest.mark.parametrize("profile", ["smoke", "default", "paper"])
 def test_committed_profiles_fit_the_committed_notebooks(profile):
-    assert list(plan_run(profile)) == pipeline.notebook_names()
+    assert list(helpers.plans.plan_run(profile)) == helpers.plans.notebook_names()
 
 
 # The command
@@ -151,13 +129,18 @@ def test_committed_profiles_fit_the_committed_notebooks(profile):
         (["--only", "01_frist"], "did you mean '01_first'"),
         (["-p", "n_sample", "8"], "did you mean 'n_samples'"),
         (["-p", "n_samples", "eight"], "parameter 'n_samples' must be int, not 'eight'"),
+        (["-p", "name", "[a"], "value '[a' is not valid YAML"),
+        (["--output", "s4://bucket"], "output 's4://bucket' cannot be used: Protocol not known: s4"),
+        (["--profile", "smoke", "--output", "."], "choose another --output"),
+        (["--profile", "smoke", "--output", "runs/in-place"], "choose another --output"),
     ],
 )
 def test_bad_input_is_a_usage_error_and_writes_nothing(collection, arguments, said):
-    before = {path: path.read_bytes() for path in collection.rglob("*") if path.is_file()}
-    result = run(*arguments)
+    write_profile(collection.root, "smoke", "")
+    before = {path: path.read_bytes() for path in collection.root.rglob("*") if path.is_file()}
+    result = invoke(collection, "run", *arguments)
     assert result.exit_code == 2 and said in " ".join(result.output.split()) and "Traceback" not in result.output
-    assert {path: path.read_bytes() for path in collection.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in collection.root.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -171,53 +154,73 @@ def test_bad_input_is_a_usage_error_and_writes_nothing(collection, arguments, sa
         (["--output", "here"], "here"),
     ],
 )
-def test_only_the_plain_default_profile_goes_in_place(collection, monkeypatch, arguments, folder):
-    write_profile("smoke", "")
-    went = []
-    monkeypatch.setattr(pipeline, "run_notebook", lambda name, parameters, output: went.append(output))
-    assert run(*arguments).exit_code == 0
-    assert set(went) == {(collection / folder).resolve()}
+def test_only_the_plain_default_profile_goes_in_place(collection, quick, arguments, folder):
+    write_profile(collection.root, "smoke", "")
+    assert invoke(collection, "run", *arguments).exit_code == 0
+    found = {path.parents[2] for path in collection.root.rglob("figures/results/01_first.json")}
+    assert found == {collection.root / folder}
 
 
 def test_other_parameters_than_the_default_never_overwrite_the_collection(collection):
-    path = pipeline.NOTEBOOKS / "01_first.ipynb"
+    path = collection.root / "notebooks" / "01_first.ipynb"
     before = path.read_bytes()
-    result = run("--output", str(collection), "-p", "n_samples", "3", "--only", "01_first")
+    result = invoke(collection, "run", "--output", collection.root, "-p", "n_samples", "3", "--only", "01_first")
     assert result.exit_code == 2 and "refreshes the collection" in " ".join(result.output.split())
     assert path.read_bytes() == before
 
 
-# Runs
+@pytest.mark.parametrize(
+    ("arguments", "source", "target"),
+    [([], ".", "runs/report"), (["runs/x"], "runs/x", "runs/x/report"), (["--output", "pages"], ".", "pages")],
+)
+def test_report_renders_the_collection_or_a_run(collection, arguments, source, target):
+    module = "def render(source, target):\n    return f'{source} to {target}'"
+    (collection.root / "helpers" / "report.py").write_text(module)
+    said = f"{collection.root / source} to {collection.root / target}\n"
+    assert invoke(collection, "report", *arguments).output == said
+
+
+# In place and elsewhere
 
 
 def test_failing_notebook_leaves_the_file_in_place_as_it_was(collection):
-    path = write_notebook("01_first", PARAMETERS, "x = 1", "raise RuntimeError('out of luck')")
+    path = write_notebook(collection.root, "01_first", "x = 1", "raise RuntimeError('out of luck')")
     before = path.read_bytes()
-    result = run("--only", "01_first")
-    assert result.exit_code == 1 and "01_first failed in cell 3: RuntimeError: out of luck" in result.output
+    result = invoke(collection, "run", "--only", "01_first")
+    log = collection.root / "runs" / "in-place" / "notebooks" / "01_first.log"
+    assert result.exit_code == 1
+    assert f"01_first failed in cell 3: RuntimeError: out of luck; log: {log}" in result.output
+    assert "raise RuntimeError('out of luck')" in log.read_text() and "\x1b" not in log.read_text()
+    assert "RuntimeError" in log.with_suffix(".ipynb").read_text()
     assert path.read_bytes() == before
-    assert sorted(file.name for file in pipeline.NOTEBOOKS.iterdir()) == ["01_first.ipynb", "02_second.ipynb"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["01_first.ipynb", "02_second.ipynb"]
 
 
 def test_run_in_place_refreshes_the_outputs_and_nothing_else(collection):
     code = "import sys\nprint(n_samples, figures_dir)\nprint('12%|#  | 1/8', file=sys.stderr)"
-    path = write_notebook("01_first", PARAMETERS, code)
+    path = write_notebook(collection.root, "01_first", code)
     before = nbformat.read(path, 4)
-    assert run("--only", "01_first").exit_code == 0
+    files = {file for file in collection.root.rglob("*") if "runs" not in file.parts}
+    assert invoke(collection, "run", "--only", "01_first").exit_code == 0
     after = nbformat.read(path, 4)
     about = lambda cell: (cell.cell_type, cell.source, cell.id, cell.metadata.get("tags", []))  # noqa: E731
     assert list(map(about, after.cells)) == list(map(about, before.cells))
     assert [output.text for output in after.cells[-1].outputs] == ["10 figures\n"]
     assert [cell.execution_count for cell in after.cells[1:]] == [1, 2] and "papermill" not in after.metadata
+    new = {file for file in collection.root.rglob("*") if "runs" not in file.parts} - files
+    assert {file for file in new if "__pycache__" not in file.parts} == set()
 
 
 def test_run_elsewhere_takes_the_parameters_and_leaves_the_collection_alone(collection):
-    path = write_notebook("01_first", PARAMETERS, "import os\nprint(n_samples, figures_dir, os.getcwd())")
-    before, output = path.read_bytes(), collection / "out"
-    result = run("--only", "01_first", "-p", "n_samples", "3", "--output", "out")
+    code = "import os, sys\nprint(n_samples, figures_dir, os.getcwd())\nprint('on the way', file=sys.stderr)"
+    path = write_notebook(collection.root, "01_first", code)
+    before, output = path.read_bytes(), collection.root / "out"
+    result = invoke(collection, "run", "--only", "01_first", "-p", "n_samples", "3", "--output", "out")
     assert result.exit_code == 0 and path.read_bytes() == before
     done = nbformat.read(output / "notebooks" / "01_first.ipynb", 4)
-    assert done.cells[-1].outputs[0].text == f"3 {output / 'figures'} {collection}\n"
+    said = f"3 {output / 'figures'} {collection.root}\n"
+    assert done.cells[-1].outputs[0].text == said
+    assert (output / "notebooks" / "01_first.log").read_text() == f"{said}on the way\n"
 
 
 # Cleaning
@@ -227,7 +230,7 @@ def test_cleaning_removes_progress_bars_and_bookkeeping_but_keeps_what_a_reader_
     noise = [
         new_output("stream", name="stderr", text="\rsampling:  12%|█▏        | 1/8 [00:00<00:01]"),
         new_output("stream", name="stderr", text="\n"),
-        new_output("display_data", data={pipeline.WIDGET: {"model_id": "1"}, "text/plain": "0%|"}),
+        new_output("display_data", data={helpers.runs.WIDGET: {"model_id": "1"}, "text/plain": "0%|"}),
     ]
     kept = [
         new_output("stream", name="stderr", text="UserWarning: explained 512 of 812 tokens"),
@@ -241,12 +244,12 @@ def test_cleaning_removes_progress_bars_and_bookkeeping_but_keeps_what_a_reader_
     notebook = new_notebook(cells=[words, code], metadata={**kernel, "papermill": {"input_path": "x"}, "widgets": {}})
     path = tmp_path / "notebook.ipynb"
     nbformat.write(notebook, path)
-    pipeline.clean_notebook(path)
+    helpers.runs.clean_notebook(path)
     clean = nbformat.read(path, 4)
     assert clean.cells[1].outputs == kept and clean.cells[1].metadata == {"tags": ["parameters"]}
     assert list(clean.metadata) == ["kernelspec"] and not clean.cells[0].metadata
 
 
 def test_types_of_parameters_are_read_from_the_notebook(collection):
-    types = {"n_samples": "int", "level": "float", "sets": "list", "name": "str", "quick": "bool", "figures_dir": "str"}
-    assert pipeline.notebook_parameters("01_first") == types
+    types = {"n_samples": "int", "level": "float", "sets": "list", "name": "str", "quick": "bool", "seed": "int"}
+    assert collection.plans.notebook_parameters("01_first") == {**types, "figures_dir": "str"}
