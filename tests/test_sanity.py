@@ -55,6 +55,11 @@ def test_each_step_draws_its_own_weights_of_an_image_classifier(image_model):
     check_cascade(image_model)
 
 
+def test_weights_that_were_loaded_from_a_folder_are_drawn_too(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    check_cascade(type(model).from_pretrained(tmp_path).eval().requires_grad_(False))
+
+
 def test_weights_are_those_of_an_untrained_model(text_classifier):
     model, _ = text_classifier
     *_, (_, randomised) = randomisation_cascade(move_away(model))
