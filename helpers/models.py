@@ -260,14 +260,14 @@ def record_value_norms(model):
 
         return hook
 
-    for block in transformer_blocks(model):
-        named = dict(block.named_modules())
-        value = [module for name, module in named.items() if name.rsplit(".")[-1] in ("value", "v_lin", "v_proj")]
-        out = [module for name, module in named.items() if name.endswith(("attention.output.dense", "out_lin", "o_proj"))]
-        if len(value) != 1 or len(out) != 1:
-            raise ValueError(f"{type(model).__name__} has no value and output projections that are known here")
-        hooks.append(value[0].register_forward_hook(record(out[0].weight)))
     try:
+        for block in transformer_blocks(model):
+            named = dict(block.named_modules())
+            value = [module for name, module in named.items() if name.rsplit(".")[-1] in ("value", "v_lin", "v_proj")]
+            out = [module for name, module in named.items() if name.endswith(("attention.output.dense", "out_lin", "o_proj"))]
+            if len(value) != 1 or len(out) != 1:
+                raise ValueError(f"{type(model).__name__} has no value and output projections that are known here")
+            hooks.append(value[0].register_forward_hook(record(out[0].weight)))
         yield norms
     finally:
         for hook in hooks:

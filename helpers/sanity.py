@@ -29,7 +29,7 @@ def randomisation_cascade(model, seed: int = 0) -> Iterator[tuple[str, torch.nn.
     steps.append(("embeddings", modules[:first]))
     for number, (name, chosen) in enumerate(steps):
         with torch.random.fork_rng():
-            torch.manual_seed(seed + number)
+            torch.manual_seed(1000 * seed + number)  # no step of another seed has the same
             for module in chosen:
                 _draw_again(randomised, module)
         yield name, randomised

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import dask
 import fsspec
 from dask.system import CPU_COUNT
 from distributed import Client, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
@@ -43,8 +44,10 @@ def local_workers(count: int | None, tasks: int, gpu: bool = False):
         own = {"env": {**threads, "CUDA_VISIBLE_DEVICES": gpus[index]}, "resources": GPU} if gpu else {"env": threads}
         workers[index] = {"cls": Nanny, "options": {**common, **own}}
     scheduler = {"cls": Scheduler, "options": {**quiet, "port": 0, "dashboard_address": "127.0.0.1:0"}}
-    with SpecCluster(workers, scheduler, silence_logs=logging.CRITICAL) as cluster, Client(cluster) as client:
-        yield client
+    patience = {"distributed.deploy.lost-worker-timeout": "1 hour"}  # a worker that restarts slowly is still awaited
+    with dask.config.set(patience), SpecCluster(workers, scheduler, silence_logs=logging.CRITICAL) as cluster:
+        with Client(cluster) as client:
+            yield client
 
 
 @contextmanager

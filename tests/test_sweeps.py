@@ -189,13 +189,13 @@ if seed == 1 and not Path("died").exists():
     Path("died").touch()
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(60)"""
-    hold = "if seed == 3 and Path('hold').exists(): Path('held').touch(); time.sleep(60)"
+    hold = "while seed == 3 and Path('hold').exists():\n    Path('held').touch()\n    time.sleep(0.05)"
     write_notebook(project.root, "01_first", COUNT.format(name="01_first"), die, hold, RESULT.format(name="01_first"))
     path = grid("notebooks: [01_first]\nparameters: {seed: [0, 1, 2, 3]}")
     (project.root / "hold").touch()
     running = start(project, "sweep", path, "--workers", "2")
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 150
         while sum(state == "finished" for *_, state in states(project)) < 3 or not (project.root / "held").exists():
             assert time.monotonic() < end and running.poll() is None, states(project)
             time.sleep(0.1)
@@ -204,7 +204,7 @@ if seed == 1 and not Path("died").exists():
         running.communicate()
     (project.root / "hold").unlink()
     both = [start(project, "sweep", path, "--workers", "1") for _ in range(2)]
-    said = [process.communicate(timeout=60)[0] for process in both]
+    said = [process.communicate(timeout=150)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert sorted(counted(project)) == [f"01_first 10 {seed}" for seed in (0, 1, 1, 2, 3, 3)]
     assert {state for *_, state in states(project)} == {"finished"}
