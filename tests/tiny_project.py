@@ -1,4 +1,7 @@
-"""A project of its own in a temporary folder: our pipeline over notebooks of a few lines."""
+"""A project of its own in a temporary folder: our pipeline over notebooks of a few lines.
+
+It asserts nothing, hence PYTEST_DONT_REWRITE.
+"""
 
 import os
 import shutil
