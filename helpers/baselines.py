@@ -13,7 +13,10 @@ from tqdm.auto import tqdm
 from helpers.faithfulness import erased_probabilities
 from helpers.images import replacement_pixels, sum_over_patches
 from helpers.models import AttentionMaps, encode, fast_attention, resolve_target, token_players
+from helpers.runtime import in_batches
 from helpers.shapley import enumerate_shapley, sampled_shapley
+
+GRADIENT_TOKENS = 4096  # tokens in one backward pass of integrated gradients, which walks many points for each input
 
 
 def attention_row_sum(maps: AttentionMaps) -> torch.Tensor:
@@ -151,17 +154,20 @@ def integrated_gradients(
 
     method = IntegratedGradients(probability) if images else None
     method = method or LayerIntegratedGradients(probability, model.get_input_embeddings())
-    attributions = []
-    for start in range(0, len(players), batch_size):
-        part = slice(start, start + batch_size)
+
+    def integrate(places):
+        part = slice(places.start, places.stop)
         whole = inputs[changing][part]
         erased = replacement_pixels(whole, mask_token_id) if images else whole.masked_fill(players[part], mask_token_id)
-        with fast_attention(model):
-            fine = method.attribute(
-                whole, erased, target=target[part], n_steps=n_steps,
-                additional_forward_args=tuple(tensor[part] for tensor in rest.values()), internal_batch_size=4 * batch_size,
-            ).detach()  # fmt: skip
-        attributions.append(sum_over_patches(model, fine) if images else fine.sum(-1))
+        fine = method.attribute(
+            whole, erased, target=target[part], n_steps=n_steps,
+            additional_forward_args=tuple(tensor[part] for tensor in rest.values()),
+            internal_batch_size=max(len(places), GRADIENT_TOKENS // players.shape[1]),
+        ).detach()  # fmt: skip
+        return sum_over_patches(model, fine) if images else fine.sum(-1)
+
+    with fast_attention(model):
+        attributions = [part for _, part in in_batches(integrate, range(len(players)), batch_size)]
     return torch.cat(attributions).to(model.dtype) * players
 
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tqdm.auto import tqdm
 
 from helpers.concept_statistics import MIN_IMAGES, Activations, Cavs, fit_direction
 from helpers.images import read_image
-from helpers.models import patch_players, resolve_target
-from helpers.runtime import PROJECT_ROOT
+from helpers.models import GRADIENT_SCALE, check_eager, resolve_target, transformer_blocks
+from helpers.places import PROJECT_ROOT
+from helpers.runtime import in_batches
 
 CACHE = PROJECT_ROOT / "data" / "cache" / "activations"
 HEADER = 1024  # bytes before the rows of a cache file: a safetensors header, filled up with spaces
@@ -54,20 +54,18 @@ def token_gradients(model, inputs, target=None) -> tuple[dict[int, torch.Tensor]
     padding has no gradient and no attention. Raises ValueError for an unknown target, a model without eager attention,
     or gradients that are not finite.
     """
-    if getattr(model.config, "_attn_implementation", "eager") != "eager":
-        raise ValueError(
-            f"{type(model).__name__} runs {model.config._attn_implementation} attention, which returns no weights; "
-            "load it with attn_implementation='eager', or call model.set_attn_implementation('eager')"
-        )
+    check_eager(model)
     target = find_target(model, target) if isinstance(target, str) else target
     with torch.enable_grad(), _block_outputs(model, differentiable=True) as outputs:
         result = model(**inputs, output_attentions=True)
         maps, chosen = result.attentions or (), resolve_target(model, result.logits, target)
-        gradients = torch.autograd.grad(result.logits.gather(1, chosen[:, None]).sum(), _checked(model, outputs))
+        explained = result.logits.gather(1, chosen[:, None]).sum()
+        gradients = torch.autograd.grad(explained * GRADIENT_SCALE, _checked(model, outputs))
     if len(maps) != len(gradients) or any(layer is None or layer.ndim != 4 for layer in maps):
         raise ValueError(f"{type(model).__name__} returned {len(maps)} attention maps for {len(gradients)} blocks")
     if not all(torch.isfinite(gradient).all() for gradient in gradients):
-        raise ValueError("the gradients hold NaN or infinity; check the model's weights and dtype")
+        raise ValueError("the gradients hold NaN or infinity; check the model's weights, or run it in another precision")
+    gradients = (gradient / GRADIENT_SCALE for gradient in gradients)
     return dict(enumerate(gradients)), {layer: weights[:, :, 0].mean(1).detach() for layer, weights in enumerate(maps)}
 
 
@@ -105,24 +103,12 @@ def _block_outputs(model, differentiable: bool = False):
         if differentiable and not outputs[-1].requires_grad:
             outputs[-1].requires_grad_()
 
-    hooks = [block.register_forward_hook(capture) for block in _blocks(model)]
+    hooks = [block.register_forward_hook(capture) for block in transformer_blocks(model)]
     try:
         yield outputs
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _blocks(model) -> torch.nn.ModuleList:
-    """Return the model's transformer blocks: its one ModuleList that is as long as the configuration says."""
-    expected = getattr(model.config, "num_hidden_layers", None)
-    stacks = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == expected]
-    if len(stacks) != 1:
-        raise ValueError(
-            f"{type(model).__name__} has {len(stacks)} stacks of {expected} blocks where one is needed; "
-            "use a BERT-like or ViT-like classifier"
-        )
-    return stacks[0]
 
 
 def _checked(model, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -149,7 +135,7 @@ def collect_activations(
     Files are keyed by the content of the model and of the inputs, written while the batches run, and moved into place
     when complete. A damaged one is rebuilt, with a warning. Raises ValueError for layers that the model does not have.
     """
-    n_layers = len(_blocks(model))
+    n_layers = len(transformer_blocks(model))
     layers = list(range(n_layers) if layers is None else layers)
     if not layers or not set(layers) <= set(range(n_layers)):
         raise ValueError(f"layers {layers} are not among this model's, 0 to {n_layers - 1}")
@@ -193,15 +179,17 @@ def _digest(tensors, text: str = "") -> str:
     return digest.hexdigest()
 
 
-def _batches(model, inputs, batch_size: int, progress: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield dicts of at most `batch_size` rows on the model's device; columns of padding alone are cut."""
-    n_inputs = len(next(iter(inputs.values())))
-    for start in tqdm(range(0, n_inputs, batch_size), desc="batches", disable=not progress, leave=False):
-        batch = {name: tensor[start : start + batch_size] for name, tensor in inputs.items()}
-        if "attention_mask" in batch:
-            width = int(batch["attention_mask"].any(0).nonzero().max()) + 1
-            batch = {name: tensor[:, :width] for name, tensor in batch.items()}
-        yield {name: tensor.to(model.device) for name, tensor in batch.items()}
+def _rows(model, inputs, places: range) -> dict[str, torch.Tensor]:
+    """Return some rows of the inputs on the model's device; columns of padding alone are cut."""
+    batch = {name: tensor[places.start : places.stop] for name, tensor in inputs.items()}
+    if "attention_mask" in batch:
+        width = int(batch["attention_mask"].any(0).nonzero().max()) + 1
+        batch = {name: tensor[:, :width] for name, tensor in batch.items()}
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def _places(inputs) -> range:
+    return range(len(next(iter(inputs.values()))))
 
 
 def _encode(model, inputs, paths: dict[int, Path], batch_size: int, progress: bool) -> None:
@@ -213,12 +201,17 @@ def _encode(model, inputs, paths: dict[int, Path], batch_size: int, progress: bo
         files = {layer: stack.enter_context(open(Path(scratch, path.name), "wb")) for layer, path in paths.items()}
         for file in files.values():
             file.seek(HEADER)
-        for batch in _batches(model, inputs, batch_size, progress):
+
+        def encode(places):
+            """Return the rows of every layer, those of padding left out."""
+            batch = _rows(model, inputs, places)
             activations = token_activations(model, batch)
+            real = batch["attention_mask"].bool() if "attention_mask" in batch else ...
+            return {layer: activations[layer][real].flatten(0, -2).float().cpu().contiguous().numpy() for layer in paths}
+
+        for _, layers in in_batches(encode, _places(inputs), batch_size, desc="encode" if progress else None):
             for layer, file in files.items():
-                rows = activations[layer]
-                rows = rows[batch["attention_mask"].bool()] if "attention_mask" in batch else rows.flatten(0, 1)
-                rows = rows.float().cpu().contiguous().numpy()
+                rows = layers[layer]
                 checksums[layer] = zlib.crc32(rows, checksums[layer])
                 file.write(rows)
             n_rows += len(rows)
@@ -293,7 +286,7 @@ def load_cavs(path: str | Path, model) -> Cavs:
         )
     except DAMAGE as error:
         raise ValueError(f"{path.name} is damaged or holds no CAVs; run 03_concept_training again ({error})") from error
-    n_layers, hidden = len(_blocks(model)), model.config.hidden_size
+    n_layers, hidden = len(transformer_blocks(model)), model.config.hidden_size
     ours, theirs = f"this model, {model_name(model)!r},", f"{path.name} holds CAVs of {cavs.model_id!r}"
     if (cavs.n_layers, vectors.shape[-1]) != (n_layers, hidden):
         raise ValueError(
@@ -357,13 +350,22 @@ def image_scores(
     """
     target = find_target(model, target) if isinstance(target, str) else target
     collected = {name: {"attention": [], "plain": [], "cls": []} for name in cavs}
-    for batch in _batches(model, inputs, batch_size, progress):
+
+    def score(places):
+        """Return {(name, weighting): (layers, concepts, images, draws)} of some images."""
+        batch, found = _rows(model, inputs, places), {}
         gradients, attention = token_gradients(model, batch, target)
         n_tokens = batch["attention_mask"].sum(-1) if "attention_mask" in batch else gradients[0].shape[1]
-        for name, group in cavs.items():
+        for name, weightings in collected.items():
+            group = cavs[name]
             draws = [(gradients[layer], attention[layer], group.vectors[i]) for i, layer in enumerate(group.layers)]
-            for weighting, parts in collected[name].items():
-                parts.append(np.stack([_image_means(weighting, *layer, n_tokens) for layer in draws]))
+            for weighting in weightings:
+                found[name, weighting] = np.stack([_image_means(weighting, *layer, n_tokens) for layer in draws])
+        return found
+
+    for _, found in in_batches(score, _places(inputs), batch_size, desc="images" if progress else None):
+        for (name, weighting), part in found.items():
+            collected[name][weighting].append(part)
     return {
         name: {weighting: np.concatenate(parts, axis=2) for weighting, parts in weightings.items()}
         for name, weightings in collected.items()
@@ -379,18 +381,6 @@ def _image_means(weighting: str, gradients, cls_attention, vectors, n_tokens) ->
         derivatives = (plain_derivatives if weighting == "plain" else cls_derivatives)(gradients, cavs)
     means = derivatives.sum(1).float().T / n_tokens  # (concepts · draws, images)
     return means.unflatten(0, vectors.shape[:2]).transpose(1, 2).cpu().numpy()
-
-
-def patch_maps(model, inputs, values: torch.Tensor) -> torch.Tensor:
-    """Return the patches' part of values (batch, tokens, ...) as maps (batch, rows, columns, ...), for heatmaps.
-
-    Raises ValueError where the values are not one a token of these images.
-    """
-    patches = patch_players(model, inputs)[0]
-    if values.shape[1] != len(patches):
-        raise ValueError(f"values of {values.shape[1]} tokens do not fit images of {len(patches)}")
-    rows, columns = (size // model.config.patch_size for size in inputs["pixel_values"].shape[-2:])
-    return values[:, patches.to(values.device)].unflatten(1, (rows, columns))
 
 
 def _nonzero(norm: torch.Tensor) -> torch.Tensor:

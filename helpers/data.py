@@ -15,7 +15,7 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from transformers import AutoTokenizer
 
-from helpers.runtime import PROJECT_ROOT
+from helpers.places import HUB_SETS, PROJECT_ROOT, local_folder
 
 CACHE = PROJECT_ROOT / "data" / "cache"
 VADER_ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
@@ -26,11 +26,6 @@ VADER_MEMBERS = {
     "amazon": "amazonReviewSnippets",
     "nyt": "nytEditorialSnippets",
     "tweets": "tweets",
-}
-HUB_SETS = {  # name: hub id, split that stands for ours
-    "sst2": ("stanfordnlp/sst2", {"train": "train", "test": "validation"}),  # the hub's test labels are hidden
-    "imdb": ("stanfordnlp/imdb", {"train": "train", "test": "test"}),
-    "ag_news": ("fancyzhe/ag_news", {"train": "train", "test": "test"}),
 }
 SHORT = 15  # word pieces, the paper's bound for its "short" panel
 NEUTRAL = 0.5  # ratings within ± NEUTRAL carry no label
@@ -56,7 +51,7 @@ def load_sentences(name: str, split: str = "test", n_samples: int | None = None,
         raise ValueError(f"split {split!r} is unknown; use 'train' or 'test'")
     if n_samples is not None and n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, not {n_samples}")
-    shorten = name.endswith("_short") and not Path(name).expanduser().is_dir()
+    shorten = name.endswith("_short") and not local_folder(name)
     base = name.removesuffix("_short") if shorten else name
     sentences = _vader_splits(base)[split] if base in VADER_MEMBERS else _load_named_set(base, split)
     if shorten:
@@ -145,24 +140,34 @@ def _vader_splits(domain: str) -> DatasetDict:
     )
 
 
+def _labelled_split(parts: DatasetDict, split: str, name: str) -> Dataset:
+    """Return the split; for a test split that is not there or hides its labels, all -1, the validation split."""
+    for candidate in ("test", "validation") if split == "test" else (split,):
+        rows = parts.get(candidate)
+        if rows is not None and ("label" not in rows.column_names or rows.unique("label") != [-1]):
+            return rows
+    raise ValueError(f"set {name!r} has no split {split!r} with labels; it has {', '.join(parts)}")
+
+
 def _load_named_set(name: str, split: str) -> Dataset:
     """Load a hub set or a local folder and bring it to the columns text, label and rating."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and name not in HUB_SETS and "/" not in name:
+    folder = local_folder(name)
+    if not folder and name not in HUB_SETS and "/" not in name:
         near = get_close_matches(name, SENTENCE_SETS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"set {name!r} is unknown; {hint}use one of {', '.join(SENTENCE_SETS)}, a hub id or a folder")
-    hub_id, splits = HUB_SETS.get(name, (name, {}))
+    source = str(folder or HUB_SETS.get(name, name))
     try:
-        if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
-            loaded = load_from_disk(folder)
-            loaded = loaded[split] if isinstance(loaded, DatasetDict) else loaded
+        if folder and ((folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists()):
+            loaded = load_from_disk(source)
         else:
-            loaded = load_dataset(str(folder) if folder.is_dir() else hub_id, split=splits.get(split, split))
+            loaded = load_dataset(source)
     except (ConnectionError, FileNotFoundError) as error:
         raise ConnectionError(
-            f"set {name!r} ({hub_id}) cannot be loaded; connect to its hub once, or pass a local folder instead: {error}"
+            f"set {name!r} ({source}) cannot be loaded; connect to its hub once, or pass a local folder instead: {error}"
         ) from error
+    if isinstance(loaded, DatasetDict):
+        loaded = _labelled_split(loaded, split, name)
     if "sentence" in loaded.column_names and "text" not in loaded.column_names:
         loaded = loaded.rename_column("sentence", "text")
     missing = {"text", "label"} - set(loaded.column_names)

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import torch
-from tqdm.auto import tqdm
 
 from helpers.images import PATCH_OPERATORS, erase_patches
 from helpers.models import fast_attention, patch_players, resolve_target
+from helpers.runtime import in_batches
 
 OPERATORS = ("mask", "delete", "pad", "attention_mask")  # of tokens; those of patches are in helpers.images
 KS = (0, 10, 20, 50)  # percent of the players in the rationale
@@ -161,15 +161,14 @@ def erased_probabilities(
     order = first[np.argsort(-lengths[first], kind="stable")]  # longest first, so the first of a batch bounds it
     position = np.empty(len(key), dtype=np.int64)
     position[order] = np.arange(len(order))
-    results, start = [], 0
-    with torch.inference_mode(), fast_attention(model), tqdm(total=len(order), disable=not progress, leave=False) as bar:
-        while start < len(order):
-            stop = start + max(1, batch_tokens // int(lengths[order[start]]))
-            part = torch.as_tensor(order[start:stop], device=rows.device)
-            erased = erase(model, inputs, rows[part], keep[part], mask_token_id, operator)
-            results.append(model(**erased).logits.float().softmax(-1))
-            bar.update(len(part))
-            start = stop
+
+    def run(part):
+        part = torch.as_tensor(part, device=rows.device)
+        return model(**erase(model, inputs, rows[part], keep[part], mask_token_id, operator)).logits.float().softmax(-1)
+
+    with torch.inference_mode(), fast_attention(model):
+        batches = in_batches(run, order, batch_tokens, lambda copy: int(lengths[copy]), "erasing" if progress else None)
+        results = [probabilities for _, probabilities in batches]
     return torch.cat(results).clone()[torch.as_tensor(position[first[inverse.reshape(-1)]], device=rows.device)]
 
 

@@ -109,8 +109,13 @@ def sum_over_patches(model, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def patch_maps(model, inputs, values: torch.Tensor) -> torch.Tensor:
-    """Arrange values of tokens (..., batch, tokens) as maps of the image (..., batch, rows, columns), no prefix."""
+    """Arrange values of tokens (..., batch, tokens) as maps of the image (..., batch, rows, columns), no prefix.
+
+    Raises ValueError where the values are not one a token of these images.
+    """
     prefix, rows, columns = patch_grid(model, inputs["pixel_values"].shape[-2:])
+    if values.shape[-1] != prefix + rows * columns:
+        raise ValueError(f"values of {values.shape[-1]} tokens do not fit images of {prefix + rows * columns}")
     return values[..., prefix:].unflatten(-1, (rows, columns))
 
 

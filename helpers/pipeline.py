@@ -9,6 +9,7 @@ import fsspec
 from filelock import Timeout
 from tqdm import tqdm
 
+from helpers.places import check_at_hand
 from helpers.manifests import IN_PLACE, forget, is_url, lock, record_plan, run_states, unfinished_runs
 from helpers.plans import (  # noqa: F401
     NOTEBOOKS, PROFILES, PROJECT_ROOT, load_profile, notebook_names, notebook_parameters, plan_run, plan_sweep,
@@ -43,6 +44,7 @@ def run(profile: str, pairs: tuple, only: tuple, output: str | None, force: bool
     with one_line_errors():
         overrides = {name: read_value(value) for name, value in pairs}
         plan = plan_run(profile, list(only), overrides)
+        check_at_hand(plan)
         in_place = profile == "default" and not pairs
         folder = output_folder(output or ("." if in_place else f"runs/{Path(profile).stem}"), in_place)
         runs = {".": {"plan": plan, "varied": overrides}}
@@ -81,9 +83,11 @@ def sweep(grid: str, output: str | None, workers: int | None, scheduler: str | N
         tasks = sum(len(about["plan"]) for about in rest.values())
         if not tasks:
             cluster = nullcontext()
-        elif scheduler:
+        elif scheduler:  # whose workers may reach and hold other things than this machine
             cluster = sweeps.cluster_workers(scheduler, gpu)
         else:
+            for about in rest.values():
+                check_at_hand(about["plan"])
             cluster = sweeps.local_workers(workers, tasks, gpu)
         with cluster as client:
             if force:

@@ -12,7 +12,8 @@ from pathlib import Path
 import papermill
 import yaml
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]  # not from helpers.runtime: this module starts without torch
+from helpers.places import PROJECT_ROOT
+
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
 PROFILES = PROJECT_ROOT / "data" / "profiles"
 TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}

@@ -1,8 +1,10 @@
-"""Where a run happens and what it leaves behind: paths, device, cost of passes, files."""
+"""Where a run happens and what it leaves behind: paths, device, batches that fit, cost of passes, files."""
 
 import json
 import platform
 import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from importlib.metadata import version
@@ -10,14 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from tqdm.auto import tqdm
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
-
-
-def project_path(path: str | Path) -> Path:
-    """Return `path` as it is when absolute, else below the project root, whatever the working directory."""
-    return PROJECT_ROOT / Path(path).expanduser()
-
+from helpers.places import PROJECT_ROOT, project_path  # noqa: F401
 
 def resolve_device(device: str = "auto") -> torch.device:
     """Turn "auto" into the best device at hand, or check that the named one ("cpu", "cuda:0", "mps") exists.
@@ -37,6 +35,43 @@ def describe_run(*packages: str) -> str:
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     names = " · ".join(f"{package} {version(package)}" for package in packages)
     return f"{platform.machine()}, {accelerator} · python {platform.python_version()} · {names}"
+
+
+def in_batches(
+    step: Callable, items: Sequence, size: int, weight: Callable | None = None, desc: str | None = None
+) -> Iterator[tuple]:  # fmt: skip
+    """Yield (batch, step(batch)) over slices of `items`, in smaller ones from where memory runs out.
+
+    size    of a batch: so many items, or so much of their weight
+    weight  weight(item) of an item, of which none after it in the list has more; None for 1 each
+    desc    title of a progress bar; None for no bar
+
+    A batch that does not fit is halved, with a warning, and the size stays halved. What was yielded is not computed
+    again. Raises the out-of-memory error where not even one item fits, ValueError for a size below 1.
+    """
+    if size < 1:
+        raise ValueError(f"a batch needs room for one input or more, not {size}")
+    start = 0
+    with tqdm(total=len(items), desc=desc, disable=desc is None, leave=False) as bar:
+        while start < len(items):
+            each = weight(items[start]) if weight else 1
+            batch = items[start : start + max(1, size // each)]
+            try:
+                result = step(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+                    raise
+                if len(batch) == 1:
+                    error.add_note("not even one input fits; shorten it, or use device='cpu' or precision='bfloat16'")
+                    raise
+                size = len(batch) // 2 * each
+            else:
+                yield batch, result
+                start += len(batch)
+                bar.update(len(batch))
+                continue
+            clear_device_cache(garbage_collection=True)  # here the failed batch is not referred to any more
+            warnings.warn(f"{len(batch)} inputs at a time do not fit into memory; going on with {size // each}", stacklevel=2)
 
 
 @dataclass

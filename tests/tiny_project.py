@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from papermill.exceptions import PapermillExecutionError
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-MODULES = ["__init__", "plans", "manifests", "runs", "sweeps", "pipeline"]
+MODULES = ["__init__", "places", "plans", "manifests", "runs", "sweeps", "pipeline"]
 PARAMETERS = """\
 n_samples: int = 10  # sentences
 level: float = 0.5  # share

@@ -1,0 +1,125 @@
+"""Gather the images of the paper's study of concepts, once, into the folders that the paper profile names.
+
+    python data/paper_images.py                                  from the hub; its ImageNet asks for `hf auth login`
+    python data/paper_images.py --classes my/imagenet/train      from a copy of ImageNet, in folders n02391049/*.JPEG
+
+Textures are of DTD (Cimpoi et al. 2014), classes of ImageNet (Russakovsky et al. 2015), flat colours are drawn. The hub's
+ImageNet is read in order until every class has enough images, about a quarter of it. Folders that are there are kept.
+"""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import datasets
+from PIL import Image
+from tqdm import tqdm
+
+from helpers.concept_world import draw_concept_images
+from helpers.places import local_folder, project_path
+
+TEXTURES = {name: name for name in ("striped", "dotted", "zigzagged")}  # folder: the label in the set
+CLASSES = {"zebra": "zebra", "dalmatian": "dalmatian", "dog sled": "dogsled", "fire engine": "fire engine"}
+CONCEPT_CLASSES = {"siberian_husky": "Siberian husky", "zebra": "zebra", "corgi": "Pembroke"}
+COLOURS = ("red", "blue", "green", "yellow")
+WORDNET = {  # of the labels above, as ImageNet's own folders are named
+    "zebra": "n02391049", "dalmatian": "n02110341", "dogsled": "n03218198", "fire engine": "n03345487",
+    "Siberian husky": "n02110185", "Pembroke": "n02113023",
+}  # fmt: skip
+
+
+def numbers_of(feature, labels) -> dict[int, str]:
+    """Return {class number: label}; a class may go by a synonym between the commas of its name, or by its WordNet id."""
+    found = {}
+    for number, name in enumerate(feature.names):
+        synonyms = {part.strip().lower().replace("_", " ") for part in (name, *name.split(","))}
+        found |= {number: label for label in labels if synonyms & {label.lower(), WORDNET.get(label)}}
+    if missing := sorted(set(labels) - set(found.values())):
+        raise click.UsageError(f"the set has no class {', '.join(missing)}; it has {', '.join(feature.names[:10])}, ...")
+    return found
+
+
+def read_set(source: str, counts: dict[str, int]) -> Iterator[tuple[str, bytes]]:
+    """Yield (label, file) of a set with the columns image and label, split by split, until each label has its count."""
+    left = dict(counts)
+    with tqdm(total=sum(left.values()), desc=source, unit="image") as bar:
+        for rows in datasets.load_dataset(source, streaming=True).values():
+            known = numbers_of(rows.features["label"], left)
+            for row in rows.cast_column("image", datasets.Image(decode=False)):
+                label = known.get(row["label"])
+                if left.get(label, 0):
+                    left[label] -= 1
+                    bar.update()
+                    yield label, row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
+                if not any(left.values()):
+                    return
+
+
+def read_folders(folder: Path, counts: dict[str, int]) -> Iterator[tuple[str, bytes]]:
+    """Yield (label, file) from folders that are named by label or WordNet id."""
+    for label, count in counts.items():
+        named = [folder / name for name in (label, label.replace(" ", "_"), WORDNET.get(label, label))]
+        found = [path for path in named if path.is_dir()]
+        if not found:
+            raise click.UsageError(f"{folder} has no folder {' or '.join(dict.fromkeys(path.name for path in named))}")
+        for path in sorted(path for path in found[0].iterdir() if path.is_file())[:count]:
+            yield label, path.read_bytes()
+
+
+def gather(source: str, wanted: list[tuple[Path, str, int]]) -> None:
+    """Fill folders (folder, label, images) from a set; folders of one label get different images."""
+    wanted = [(folder, label, count) for folder, label, count in wanted if not folder.is_dir()]
+    counts = dict.fromkeys((label for _, label, _ in wanted), 0)
+    for _, label, count in wanted:
+        counts[label] += count
+    if not counts:
+        return
+    tree = local_folder(source)
+    is_tree = tree and any((tree / name).is_dir() for label in counts for name in (label, WORDNET.get(label, label)))
+    files = {label: [] for label in counts}
+    for label, content in read_folders(tree, counts) if is_tree else read_set(str(tree or source), counts):
+        files[label].append(content)
+    for folder, label, count in wanted:
+        taken, files[label] = files[label][:count], files[label][count:]
+        if len(taken) < count:
+            click.echo(f"{source} has {len(taken)} images of {label} left for {folder.name}, {count} were asked for")
+        save(folder, taken, "jpg")
+
+
+def save(folder: Path, files: list[bytes], suffix: str) -> None:
+    """Write a folder of images that appears when all of them are in it, unless it is there already."""
+    if not folder.is_dir():
+        unfinished = folder.with_name(f".{folder.name}")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for number, content in enumerate(files):
+            (unfinished / f"{number:04d}.{suffix}").write_bytes(content)
+        unfinished.rename(folder)
+
+
+def as_png(image) -> bytes:
+    """Return an image (height, width, 3) uint8 as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+@click.command(help=__doc__)
+@click.option("--textures", default="tanganke/dtd", show_default=True, help="hub id or folder")
+@click.option("--classes", default="ILSVRC/imagenet-1k", show_default=True, help="hub id or folder")
+@click.option("--n-concept", default=120, show_default=True, help="images of each concept")
+@click.option("--n-target", default=200, show_default=True, help="images of each explained class, others than the concepts'")
+@click.option("--output", default="data/cache/paper", show_default=True, help="folder, below the project root")
+def main(textures: str, classes: str, n_concept: int, n_target: int, output: str) -> None:
+    concepts, targets = project_path(output) / "concepts", project_path(output) / "targets"
+    for colour in COLOURS:
+        save(concepts / colour, [as_png(image) for image in draw_concept_images(colour, n_concept)], "png")
+    gather(textures, [(concepts / name, label, n_concept) for name, label in TEXTURES.items()])
+    wanted = [(targets / name, label, n_target) for name, label in CLASSES.items()]
+    gather(classes, wanted + [(concepts / name, label, n_concept) for name, label in CONCEPT_CLASSES.items()])
+    for folder in sorted([*concepts.iterdir(), *targets.iterdir()]):
+        click.echo(f"{folder.parent.name}/{folder.name}: {len(list(folder.iterdir()))} images")
+
+
+if __name__ == "__main__":
+    main()

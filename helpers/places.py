@@ -1,0 +1,88 @@
+"""Where things are: the project root, and the folders and hub names that parameters ask for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+HUB_SETS = {  # name: hub id
+    "sst2": "stanfordnlp/sst2",
+    "imdb": "stanfordnlp/imdb",
+    "ag_news": "fancyzhe/ag_news",
+}
+NAMING = {"model_ids": "model", "model_id": "model", "image_model_id": "model", "text_model_id": "model"}
+NAMING |= {"sets": "set", "text_set": "set"}  # parameters of notebooks that name what a hub may have
+FOLDERS = ("images_dir", "concepts_dir", "targets_dir")  # parameters that name folders of images
+
+
+def project_path(path: str | Path) -> Path:
+    """Return `path` as it is when absolute, else below the project root, whatever the working directory."""
+    return PROJECT_ROOT / Path(path).expanduser()
+
+
+def local_folder(name: str) -> Path | None:
+    """Return the folder that a name stands for, from the working directory or the project root, or None."""
+    return next((path for path in (Path(name).expanduser(), project_path(name)) if path.is_dir()), None)
+
+
+def check_at_hand(plan: dict[str, dict]) -> None:
+    """Check, before anything starts, that what a plan {notebook: parameters} names is here or can be fetched.
+
+    Raises FileNotFoundError for folders of images that are not there, ConnectionError for models and sets that are
+    neither folders nor in the hub's cache while the hub cannot be reached; both name all of them, and the way out.
+    """
+    asked = {}  # {(kind, name): where it is asked for}
+    for notebook, parameters in plan.items():
+        for parameter, value in parameters.items():
+            for what in _elsewhere(parameter, value):
+                asked.setdefault(what, []).append(f"{parameter} of {notebook}")
+    listed = {what: f"\n  {' '.join(what)} ({', '.join(places)})" for what, places in sorted(asked.items())}
+    absent = "".join(line for (kind, _), line in listed.items() if kind == "folder")
+    if absent:
+        raise FileNotFoundError(
+            f"these folders of images do not exist:{absent}\n"
+            "Name your own there; those of the paper profile are made by `python data/paper_images.py`"
+        )
+    missing = "".join(line for what, line in listed.items() if not _is_cached(*what))
+    if missing and (reason := _out_of_reach()):
+        raise ConnectionError(
+            f"the model hub cannot be reached ({reason}), and these are neither local folders nor in its cache:{missing}\n"
+            "Where there is a network: `hf download NAME --local-dir FOLDER`, for a set with `--repo-type dataset`. Then "
+            "give the folders in place of the names: -p model_ids '[FOLDER, ...]' -p sets '[FOLDER, ...]', or in a profile"
+        )
+
+
+def _elsewhere(parameter: str, value) -> Iterator[tuple[str, str]]:
+    """Yield (kind, name) of each hub id, and of each absent folder, that a parameter's value names."""
+    kind = "folder" if parameter in FOLDERS else NAMING.get(parameter)
+    for name in value if isinstance(value, list) else [value]:
+        if kind == "set" and not project_path(name).is_dir():
+            name = name.removesuffix("_short")
+            name = HUB_SETS.get(name, name)
+        if not kind or not name or project_path(name).is_dir():
+            continue
+        if kind == "folder" or ("/" in name and not name.startswith((".", "/", "~", "data/"))):
+            yield kind, name  # other names, and paths that lead nowhere, are for the notebook to refuse
+
+
+def _is_cached(kind: str, name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    if kind == "model":
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    from datasets import config  # seconds, which a run without sets of a hub does not wait for
+
+    return Path(config.HF_DATASETS_CACHE, name.replace("/", "___")).is_dir()
+
+
+def _out_of_reach() -> str:
+    """Return why the hub cannot be reached, or nothing where it can."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # whatever the network or a proxy says
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
