@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from helpers.concept_world import draw_concept_images
+from helpers.pipeline import one_line_errors
 from helpers.places import local_folder, project_path
 
 TEXTURES = {name: name for name in ("striped", "dotted", "zigzagged")}  # folder: the label in the set
@@ -111,14 +112,15 @@ def as_png(image) -> bytes:
 @click.option("--n-target", default=200, show_default=True, help="images of each explained class, others than the concepts'")
 @click.option("--output", default="data/cache/paper", show_default=True, help="folder, below the project root")
 def main(textures: str, classes: str, n_concept: int, n_target: int, output: str) -> None:
-    concepts, targets = project_path(output) / "concepts", project_path(output) / "targets"
-    for colour in COLOURS:
-        save(concepts / colour, [as_png(image) for image in draw_concept_images(colour, n_concept)], "png")
-    gather(textures, [(concepts / name, label, n_concept) for name, label in TEXTURES.items()])
-    wanted = [(targets / name, label, n_target) for name, label in CLASSES.items()]
-    gather(classes, wanted + [(concepts / name, label, n_concept) for name, label in CONCEPT_CLASSES.items()])
-    for folder in sorted([*concepts.iterdir(), *targets.iterdir()]):
-        click.echo(f"{folder.parent.name}/{folder.name}: {len(list(folder.iterdir()))} images")
+    with one_line_errors():
+        concepts, targets = project_path(output) / "concepts", project_path(output) / "targets"
+        for colour in COLOURS:
+            save(concepts / colour, [as_png(image) for image in draw_concept_images(colour, n_concept)], "png")
+        gather(textures, [(concepts / name, label, n_concept) for name, label in TEXTURES.items()])
+        wanted = [(targets / name, label, n_target) for name, label in CLASSES.items()]
+        gather(classes, wanted + [(concepts / name, label, n_concept) for name, label in CONCEPT_CLASSES.items()])
+        for folder in sorted([*concepts.iterdir(), *targets.iterdir()]):
+            click.echo(f"{folder.parent.name}/{folder.name}: {len(list(folder.iterdir()))} images")
 
 
 if __name__ == "__main__":

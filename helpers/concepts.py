@@ -132,15 +132,16 @@ def collect_activations(
 
     inputs  as for `token_activations`, with any number of rows; batches of `batch_size` go through the model
 
-    Files are keyed by the content of the model and of the inputs, written while the batches run, and moved into place
-    when complete. A damaged one is rebuilt, with a warning. Raises ValueError for layers that the model does not have.
+    Files are keyed by the content of the model and of the inputs, and by the precision; they are written while the
+    batches run, and moved into place when complete. A damaged one is rebuilt, with a warning. Raises ValueError for
+    layers that the model does not have.
     """
     n_layers = len(transformer_blocks(model))
     layers = list(range(n_layers) if layers is None else layers)
     if not layers or not set(layers) <= set(range(n_layers)):
         raise ValueError(f"layers {layers} are not among this model's, 0 to {n_layers - 1}")
     key = model_key(model)
-    folder = Path(cache_dir, key, _digest(inputs)[:16])
+    folder = Path(cache_dir, key, _digest(inputs, getattr(model, "_precision", "float32"))[:16])
     paths = {layer: folder / f"layer_{layer:02d}.safetensors" for layer in layers}
     rows = {layer: _open_rows(path) for layer, path in paths.items()}
     missing = {layer: paths[layer] for layer in layers if rows[layer] is None}

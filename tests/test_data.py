@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from helpers import data
 from helpers.data import load_sentences
@@ -142,6 +142,24 @@ def test_local_folder_can_be_cut_to_short_sentences_and_sampled(own_set):
     folder = own_set({"text": ["good " * 15, "good " * 16, "fine", ""], "label": [1, 1, 0, 0]})
     assert set(load_sentences(folder + "_short")["text"]) == {"good " * 15, "fine"}
     assert len(load_sentences(folder, n_samples=2)) == 2
+
+
+@pytest.mark.parametrize("hidden", [[-1, -1], None], ids=["hidden test labels", "no test split"])
+def test_validation_stands_for_a_test_split_without_labels_as_in_a_copy_of_sst2(tmp_path, hidden):
+    parts = {"train": [0, 1], "validation": [1, 0], **({"test": hidden} if hidden else {})}
+    for split, labels in parts.items():
+        rows = {"idx": [0, 1], "sentence": [f"{split} a", f"{split} b"], "label": labels}
+        features = Features(idx=Value("int32"), sentence=Value("string"), label=ClassLabel(names=["negative", "positive"]))
+        Dataset.from_dict(rows, features).to_parquet(tmp_path / f"sst2/data/{split}-00000-of-00001.parquet")
+    rows = load_sentences(str(tmp_path / "sst2"))
+    assert rows["text"][:] == ["validation a", "validation b"] and rows["label"][:] == [1, 0]
+    assert load_sentences(str(tmp_path / "sst2_short"), "train")["text"][:] == ["train a", "train b"]
+
+
+def test_set_without_a_labelled_split_is_refused_by_name(tmp_path):
+    Dataset.from_dict({"text": ["a"], "label": [1]}).to_parquet(tmp_path / "mine/train.parquet")
+    with pytest.raises(ValueError, match="mine' has no split 'test' with labels; it has train"):
+        load_sentences(str(tmp_path / "mine"))
 
 
 def test_folder_whose_own_name_ends_in_short_is_found(own_set, tmp_path):

@@ -214,6 +214,23 @@ def test_no_batch_is_larger_than_allowed(batch):
     assert max(ids.numel() for ids, _ in seen) <= 30 and len(seen) < len(rows)
 
 
+def test_where_memory_runs_out_copies_go_through_in_smaller_batches(batch):
+    model, inputs, players, mask = batch[0], batch[1], batch[2], batch[3]
+    keep = torch.rand(40, players.shape[1], generator=torch.Generator().manual_seed(0)) < 0.5
+    rows = torch.arange(40) % len(players)
+    expected = erased_probabilities(model, inputs, rows, keep, mask)
+
+    def full_above_five(module, args, kwargs):
+        if len(kwargs["input_ids"]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    hook = model.register_forward_pre_hook(full_above_five, with_kwargs=True)
+    with pytest.warns(UserWarning, match="do not fit into memory; going on with"):
+        found = erased_probabilities(model, inputs, rows, keep, mask)
+    hook.remove()
+    assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_special_tokens_are_never_erased(batch, tokenizer, operator):
     model, inputs, players, mask = batch

@@ -1,5 +1,6 @@
 """Attention and its gradients are those of the model, whatever the batch; players, labels and bad input are named."""
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from helpers.models import (
     read_attention,
     record_value_norms,
     resolve_target,
+    set_precision,
     token_players,
     transformer_blocks,
     word_groups,
@@ -123,6 +125,107 @@ def test_batched_and_padded_equal_each_sentence_alone(text_classifier, width):
         for matrix, matrix_alone in zip(matrices, matrices_alone, strict=True):
             assert_close(matrix[row, :n, :n], matrix_alone[0], **close)
         assert_close(rows[:, row, :n], rows_alone[:, 0], **close)
+
+
+def test_averaged_heads_give_what_reads_attention_alone_the_same(text_classifier):
+    model, tokenizer = text_classifier[0].double(), text_classifier[1]
+    inputs = encode(SENTENCES, tokenizer, model)
+    every, mean = (read_attention(model, inputs, mean_heads=mean) for mean in (False, True))
+    assert_close(mean.weights, every.weights.mean(2, keepdim=True), rtol=0, atol=1e-14)
+    assert torch.equal(mean.logits, every.logits) and torch.equal(mean.real, every.real)
+    for row in (pairwise_matrix, baselines.attention_received, baselines.attention_row_sum, baselines.attention_rollout):
+        assert_close(row(mean), row(every), rtol=0, atol=1e-14)
+    again = read_attention(model, inputs)  # and no hook is left
+    assert torch.equal(again.weights, every.weights)
+
+
+def test_averaged_heads_of_a_layer_are_let_go_before_the_next_runs(model, tokenizer):
+    sizes = []
+
+    def watch(module, args, output):
+        sizes.append(tuple(output[1].shape[:2]))
+
+    hooks = [block.attention.self.register_forward_hook(watch) for block in transformer_blocks(model)]
+    read_attention(model, encode(SENTENCES, tokenizer, model), mean_heads=True)
+    assert sizes == [(3, 1)] * 3  # what leaves the attention has one head already
+    for hook in hooks:
+        hook.remove()
+
+
+def test_averaged_heads_of_a_vit_and_their_refusal_with_gradients(image_model):
+    inputs = {"pixel_values": torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    every, mean, again = (read_attention(image_model, inputs, mean_heads=mean).weights for mean in (False, True, False))
+    assert_close(mean, every.mean(2, keepdim=True))
+    assert torch.equal(again, every)  # no hook is left
+    with pytest.raises(ValueError, match="ask for gradients or for mean_heads, not for both"):
+        read_attention(image_model, inputs, gradients=True, mean_heads=True)
+
+
+# Half precision
+
+
+@pytest.mark.parametrize(("precision", "digits"), [("bfloat16", 8), ("float16", 11)])
+def test_half_precision_rounds_products_and_leaves_the_rest(text_classifier, precision, digits):
+    model, tokenizer = text_classifier
+    inputs = encode(SENTENCES, tokenizer, model)
+    whole = read_attention(model, inputs, target=1, gradients=True)
+    set_precision(model, precision)
+    half = read_attention(model, inputs, target=1, gradients=True)
+    assert {half.logits.dtype, half.weights.dtype, half.gradients.dtype, model.dtype} == {torch.float32}
+    for name in ("logits", "weights", "gradients"):
+        one, other = getattr(whole, name), getattr(half, name)
+        error = ((one - other).norm() / one.norm()).item()
+        assert 2.0 ** -(digits + 6) < error < 2.0 ** -(digits - 5), name  # it is rounded, and by no more than that
+    set_precision(model, "float32")
+    back = read_attention(model, inputs, target=1, gradients=True)
+    assert torch.equal(back.logits, whole.logits) and torch.equal(back.gradients, whole.gradients)
+
+
+def test_copies_of_a_model_run_in_its_precision_with_their_own_weights(model, tokenizer):
+    inputs = encode(SENTENCES, tokenizer, model)
+    set_precision(model, "bfloat16")
+    other = copy.deepcopy(model)
+    other.classifier.weight.zero_()
+    assert torch.equal(read_attention(other, inputs).logits, other.classifier.bias.expand(3, -1))
+    rounded = read_attention(model, inputs).logits
+    set_precision(other, "float32")  # the one does not change the other
+    assert torch.equal(read_attention(model, inputs).logits, rounded)
+
+
+def test_autocast_ends_with_the_pass_also_where_it_fails(model, tokenizer):
+    set_precision(model, "bfloat16")
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        model()
+    assert not torch.is_autocast_enabled("cpu")
+    seen = []
+    hook = model.bert.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    model(**encode(SENTENCES, tokenizer, model))
+    hook.remove()
+    assert seen == [True] and not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("load", [load_text_classifier, load_image_classifier])
+def test_models_load_in_a_precision_and_others_are_refused(load):
+    folder = {load_text_classifier: SENTIMENT_MODEL, load_image_classifier: "data/models/concept_vit"}[load]
+    model, _ = load(folder, "cpu", "bfloat16")
+    assert model.dtype == torch.float32 and len(model._precision_hooks) == 2
+    with pytest.raises(ValueError, match="precision 'half' is unknown; use one of float32, bfloat16, float16"):
+        load(folder, "cpu", "half")
+
+
+def test_small_gradients_survive_float16(image_model):
+    """Without the scale they would be zero: float16 has nothing below 6e-8."""
+    for block in transformer_blocks(image_model):
+        block.attention.v_proj.weight.mul_(1e-4)  # what attention moves hardly matters
+    inputs = {"pixel_values": torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    whole = read_attention(image_model, inputs, 1, gradients=True).gradients
+    set_precision(image_model, "float16")
+    half = read_attention(image_model, inputs, 1, gradients=True).gradients
+    assert (whole[:, 0] != 0).all() and (half[:, 0] != 0).float().mean() > 0.9
+    assert 1e-9 < whole[:, 0].abs().median() < 1e-6
+
+
+# Players
 
 
 def test_one_token_text_is_explained_and_scored_end_to_end(text_classifier):
@@ -448,7 +551,7 @@ def test_blocks_are_those_that_a_forward_pass_enters_in_order(text_classifier):
 
 def test_model_whose_blocks_cannot_be_told_is_refused(model):
     model.config.num_hidden_layers = 7
-    with pytest.raises(ValueError, match="BertForSequenceClassification has no list of its 7 transformer blocks"):
+    with pytest.raises(ValueError, match="BertForSequenceClassification has 0 stacks of 7 blocks where one is needed"):
         transformer_blocks(model)
 
 

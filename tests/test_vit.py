@@ -119,6 +119,8 @@ def test_wide_image_has_its_rows_and_columns_the_right_way_round():
     assert images.patch_maps(model, inputs, torch.arange(13.0)[None]).tolist() == [
         [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]]
     ]
+    with pytest.raises(ValueError, match="values of 12 tokens do not fit images of 13"):
+        images.patch_maps(model, inputs, torch.arange(12.0)[None])
 
 
 # Erasing patches
