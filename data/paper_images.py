@@ -30,14 +30,14 @@ WORDNET = {  # of the labels above, as ImageNet's own folders are named
 }  # fmt: skip
 
 
-def numbers_of(feature, labels) -> dict[int, str]:
+def numbers_of(source: str, feature, labels) -> dict[int, str]:
     """Return {class number: label}; a class may go by a synonym between the commas of its name, or by its WordNet id."""
     found = {}
     for number, name in enumerate(feature.names):
         synonyms = {part.strip().lower().replace("_", " ") for part in (name, *name.split(","))}
         found |= {number: label for label in labels if synonyms & {label.lower(), WORDNET.get(label)}}
     if missing := sorted(set(labels) - set(found.values())):
-        raise click.UsageError(f"the set has no class {', '.join(missing)}; it has {', '.join(feature.names[:10])}, ...")
+        raise click.UsageError(f"{source} has no class {', '.join(missing)}; it has {', '.join(feature.names[:10])}, ...")
     return found
 
 
@@ -46,7 +46,7 @@ def read_set(source: str, counts: dict[str, int]) -> Iterator[tuple[str, bytes]]
     left = dict(counts)
     with tqdm(total=sum(left.values()), desc=source, unit="image") as bar:
         for rows in datasets.load_dataset(source, streaming=True).values():
-            known = numbers_of(rows.features["label"], left)
+            known = numbers_of(source, rows.features["label"], left)
             for row in rows.cast_column("image", datasets.Image(decode=False)):
                 label = known.get(row["label"])
                 if left.get(label, 0):

@@ -399,8 +399,11 @@ def load_image_folder(
     max_images  keep the first so many readable ones of each folder; None keeps all
 
     Files that are no readable image are skipped, with a warning that counts and names them. Raises FileNotFoundError
-    without the folder, ValueError without folders in it or where a folder keeps fewer than `min_images` images.
+    without the folder, ValueError without folders in it, where a folder keeps fewer than `min_images` images, or where
+    fewer are asked for.
     """
+    if max_images is not None and max_images < min_images:
+        raise ValueError(f"at least {min_images} images of each folder are needed, more than the {max_images} asked for")
     path = Path(path).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(f"folder {str(path)!r} does not exist; it should hold images as <name>/*.jpg")

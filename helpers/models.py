@@ -399,6 +399,12 @@ def _from_pretrained(loader, folder: str, **options):
     try:
         return loader.from_pretrained(folder, **options)
     except OSError as error:
+        if "model.safetensors" in str(error):
+            raise FileNotFoundError(
+                f"{folder!r} has no model.safetensors; pickled weights are not read here. Where you trust them, convert them "
+                f"once: `python -c \"from transformers import {loader.__name__} as M; "
+                f"M.from_pretrained({folder!r}).save_pretrained('FOLDER')\"`, and copy its other files there ({error})"
+            ) from error
         raise ConnectionError(
             f"{folder!r} cannot be loaded; download it where there is a network and pass its local folder: {error}"
         ) from error

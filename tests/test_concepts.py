@@ -679,6 +679,11 @@ def test_unreadable_files_are_named_skipped_and_counted(folder):
         load_image_folder(folder, min_images=6)
 
 
+def test_fewer_images_than_are_needed_cannot_be_asked_for(folder):
+    with pytest.raises(ValueError, match="at least 5 images of each folder are needed, more than the 2 asked for"):
+        load_image_folder(folder, max_images=2)
+
+
 def test_missing_or_flat_folders_are_refused(folder):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_image_folder(folder / "nowhere")

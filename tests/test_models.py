@@ -457,6 +457,13 @@ def test_hub_name_without_a_network_says_to_pass_a_local_folder(load):
         load("nobody/no-such-model")
 
 
+def test_folder_with_pickled_weights_says_how_to_convert_them(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="no model.safetensors; pickled weights are not read here.*save_pretrained"):
+        load_text_classifier(str(tmp_path))
+
+
 def test_local_folder_of_an_image_classifier_loads_ready_to_be_read(image_model, tmp_path):
     image_model.save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
