@@ -97,7 +97,8 @@ def method_strips(
     sets = list(dict.fromkeys(scores["set"]))
     methods = list(dict.fromkeys(scores["method"]))
     figure, axes = plt.subplots(
-        1, len(sets), figsize=(PAGE, 0.19 * len(methods) + 0.9), sharey=True, squeeze=False, layout="constrained"
+        1, len(sets), figsize=(PAGE, 0.19 * len(methods) + 0.9), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
     )
     for axis, name in zip(axes[0], sets, strict=True):
         part = scores[scores["set"] == name]

@@ -1,8 +1,10 @@
 """What a plan names is looked for before anything starts: folders, the hub's cache, the hub."""
 
 import pytest
+from click.testing import CliRunner
 
 from helpers import places
+from helpers.pipeline import app
 from helpers.plans import plan_run
 
 MODEL, SET = "someone/some-model", "stanfordnlp/imdb"
@@ -50,6 +52,15 @@ def test_local_folders_stand_in_place_of_every_name(monkeypatch, tmp_path):
         (tmp_path / name).mkdir(parents=True)
     here = {"model_ids": [f"{tmp_path}/a/model"], "sets": [f"{tmp_path}/a/sst2", f"{tmp_path}/a/sst2_short"]}
     places.check_at_hand({"01": {**here, "images_dir": str(tmp_path), "concepts_dir": ""}})
+
+
+def test_run_refuses_before_it_writes_anything(out_of_reach, tmp_path):
+    folders = [part for name in places.FOLDERS for part in ("-p", name, str(tmp_path))]
+    result = CliRunner().invoke(app, ["run", "--profile", "paper", *folders, "--output", str(tmp_path / "runs")])
+    assert result.exit_code == 1 and "\n  model google/vit-base-patch16-224 (model_id of 02_vit_shapley" in result.output
+    result = CliRunner().invoke(app, ["run", "--only", "02_vit_shapley", "-p", "images_dir", "nowhere", "--output", str(tmp_path / "runs")])
+    assert result.exit_code == 2 and "\n  folder nowhere (images_dir of 02_vit_shapley)" in result.output
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("parameter", "value", "kind"), [
