@@ -131,6 +131,13 @@ def test_sweep_on_a_cluster_is_gathered_and_not_repeated(project, quick, grid, s
     assert pd.read_csv(project.root / "runs" / "grid" / "metrics.csv").run.nunique() == 5
 
 
+def test_kernels_of_a_sweep_keep_the_memory_they_have_freed(project, quick, grid, scheduler, monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")  # as Dask starts its workers
+    write_notebook(project.root, "01_first", "import os\nassert 'MALLOC_TRIM_THRESHOLD_' not in os.environ")
+    result = invoke(project, "sweep", grid("notebooks: 01_first\nparameters: {seed: [0]}"), "--scheduler", scheduler)
+    assert result.exit_code == 0, result.output
+
+
 def test_what_reads_from_another_runs_after_it_and_a_failure_holds_back_nothing_else(project, quick, grid, scheduler):
     fail = "if seed == 1: raise RuntimeError('bad seed')"
     write_notebook(project.root, "01_first", COUNT.format(name="01_first"), RESULT.format(name="01_first"), fail)
