@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from helpers.faithfulness import erased_probabilities
 from helpers.images import replacement_pixels, sum_over_patches
-from helpers.models import AttentionMaps, encode, fast_attention, resolve_target, token_players
+from helpers.models import GRADIENT_SCALE, AttentionMaps, encode, fast_attention, resolve_target, token_players
 from helpers.runtime import in_batches
 from helpers.shapley import enumerate_shapley, sampled_shapley
 
@@ -150,8 +150,10 @@ def integrated_gradients(
     rest = {name: tensor for name, tensor in inputs.items() if name != changing}
 
     def probability(changed, *others):
-        return model(**{changing: changed}, **dict(zip(rest, others, strict=True))).logits.softmax(-1)
+        logits = model(**{changing: changed}, **dict(zip(rest, others, strict=True))).logits
+        return logits.softmax(-1) * GRADIENT_SCALE
 
+    points = max(1, GRADIENT_TOKENS // (players.shape[1] * min(batch_size, len(players))))  # at once, of each input
     method = IntegratedGradients(probability) if images else None
     method = method or LayerIntegratedGradients(probability, model.get_input_embeddings())
 
@@ -162,8 +164,8 @@ def integrated_gradients(
         fine = method.attribute(
             whole, erased, target=target[part], n_steps=n_steps,
             additional_forward_args=tuple(tensor[part] for tensor in rest.values()),
-            internal_batch_size=max(len(places), GRADIENT_TOKENS // players.shape[1]),
-        ).detach()  # fmt: skip
+            internal_batch_size=len(places) * points,
+        ).detach() / GRADIENT_SCALE  # fmt: skip
         return sum_over_patches(model, fine) if images else fine.sum(-1)
 
     with fast_attention(model):

@@ -23,8 +23,8 @@ from safetensors.numpy import save_file
 
 from helpers.concept_statistics import MIN_IMAGES, Activations, Cavs, fit_direction
 from helpers.images import read_image
-from helpers.models import GRADIENT_SCALE, check_eager, resolve_target, transformer_blocks
-from helpers.places import PROJECT_ROOT
+from helpers.models import GRADIENT_SCALE, check_eager, full_precision, resolve_target, transformer_blocks
+from helpers.places import PROJECT_ROOT, project_path
 from helpers.runtime import in_batches
 
 CACHE = PROJECT_ROOT / "data" / "cache" / "activations"
@@ -66,7 +66,8 @@ def token_gradients(model, inputs, target=None) -> tuple[dict[int, torch.Tensor]
     if not all(torch.isfinite(gradient).all() for gradient in gradients):
         raise ValueError("the gradients hold NaN or infinity; check the model's weights, or run it in another precision")
     gradients = (gradient / GRADIENT_SCALE for gradient in gradients)
-    return dict(enumerate(gradients)), {layer: weights[:, :, 0].mean(1).detach() for layer, weights in enumerate(maps)}
+    rows = (weights[:, :, 0].detach() for weights in maps)
+    return dict(enumerate(gradients)), {i: row.mean(1, dtype=full_precision(row.dtype)) for i, row in enumerate(rows)}
 
 
 def find_target(model, label: str) -> int:
@@ -404,7 +405,7 @@ def load_image_folder(
     """
     if max_images is not None and max_images < min_images:
         raise ValueError(f"at least {min_images} images of each folder are needed, more than the {max_images} asked for")
-    path = Path(path).expanduser()
+    path = project_path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"folder {str(path)!r} does not exist; it should hold images as <name>/*.jpg")
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))

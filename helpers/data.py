@@ -144,7 +144,7 @@ def _labelled_split(parts: DatasetDict, split: str, name: str) -> Dataset:
     """Return the split; for a test split that is not there or hides its labels, all -1, the validation split."""
     for candidate in ("test", "validation") if split == "test" else (split,):
         rows = parts.get(candidate)
-        if rows is not None and ("label" not in rows.column_names or rows.unique("label") != [-1]):
+        if rows is not None and ("label" not in rows.column_names or rows.unique("label") not in ([-1], [None])):
             return rows
     raise ValueError(f"set {name!r} has no split {split!r} with labels; it has {', '.join(parts)}")
 

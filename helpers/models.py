@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 
 import torch
 from transformers import (
@@ -95,30 +96,23 @@ def load_image_classifier(model_id: str, device: str = "auto", precision: str = 
 def set_precision(model, precision: str) -> None:
     """Let the passes of a model, and of its copies, run as they are ("float32") or in "bfloat16" or "float16".
 
-    Half precision is PyTorch's autocast: matrix products are halved, while weights, softmax and sums stay as they are.
-    The logits come out in float32. Raises ValueError for another precision.
+    Half precision is PyTorch's autocast: matrix products are halved, and attention weights with them where a model
+    rounds its softmax; weights of the model and sums stay as they are. The logits come out in float32. Raises ValueError
+    for another precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
-    for hook in model.__dict__.pop("_precision_hooks", ()):
-        hook.remove()
+    model.__dict__.pop("forward", None)
     model._precision = precision
-    if precision == "float32":
-        return
-    entered = []
+    if precision != "float32":
+        model.forward = MethodType(_forward_in_half, model)
 
-    def enter(module, args):
-        entered.append(torch.autocast(module.device.type, PRECISIONS[precision]))
-        entered[-1].__enter__()
 
-    def leave(module, args, output):
-        entered.pop().__exit__(None, None, None)
-        if output is not None:  # it is where the pass raised an error
-            output.logits = output.logits.float()
-
-    model._precision_hooks = (
-        model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)
-    )  # fmt: skip
+def _forward_in_half(model, *args, **kwargs):
+    with torch.autocast(model.device.type, PRECISIONS[model._precision]):
+        output = type(model).forward(model, *args, **kwargs)
+    output.logits = output.logits.float()
+    return output
 
 
 def encode(texts: Sequence[str], tokenizer, model):
@@ -208,8 +202,8 @@ def read_attention(
     inputs      what the model takes: input_ids and attention_mask (batch, tokens), or pixel_values
     target      class to explain: None for the predicted one, a class number, a label name, or a (batch,) tensor
     gradients   also differentiate the target's logit by every attention weight
-    mean_heads  average the heads of each layer as soon as it has run: all that the rows on attention alone need, in as
-                many times less memory as a layer has heads. Not with gradients, which belong to single heads
+    mean_heads  average the heads of each layer as soon as it has run: all that the rows on attention alone need, in a
+                fraction of the memory. Not with gradients, which belong to single heads
 
     Raises ValueError for a model without eager attention, missing or non-finite maps, or an unknown target.
     """
@@ -344,11 +338,11 @@ def _require_gradient(module, args, output):
 def _average_heads(module, args, output):
     """Replace, in what an attention module returns, the weights (batch, heads, tokens, tokens) by their mean."""
     if isinstance(output, tuple) and len(output) > 1 and torch.is_tensor(output[1]) and output[1].ndim == 4:
-        return (output[0], output[1].mean(1, keepdim=True, dtype=_full(output[1].dtype)), *output[2:])
+        return (output[0], output[1].mean(1, keepdim=True, dtype=full_precision(output[1].dtype)), *output[2:])
     return None
 
 
-def _full(dtype: torch.dtype) -> torch.dtype:
+def full_precision(dtype: torch.dtype) -> torch.dtype:
     """Return float32 for a half precision, any other as it is."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -368,7 +362,7 @@ def _check_maps(model, maps: list) -> None:
 def _stack(layers: list) -> torch.Tensor:
     """Move a list of (batch, heads, tokens, tokens) into one (batch, layers, heads, tokens, tokens), freeing each."""
     batch, *rest = layers[0].shape
-    stacked = layers[0].new_empty(batch, len(layers), *rest, dtype=_full(layers[0].dtype), requires_grad=False)
+    stacked = layers[0].new_empty(batch, len(layers), *rest, dtype=full_precision(layers[0].dtype), requires_grad=False)
     for index in reversed(range(len(layers))):
         stacked[:, index] = layers.pop().detach()
     return stacked

@@ -86,8 +86,7 @@ def sweep(grid: str, output: str | None, workers: int | None, scheduler: str | N
         elif scheduler:  # whose workers may reach and hold other things than this machine
             cluster = sweeps.cluster_workers(scheduler, gpu)
         else:
-            for about in rest.values():
-                check_at_hand(about["plan"])
+            check_at_hand({f"{name} in {run}": part for run, about in rest.items() for name, part in about["plan"].items()})
             cluster = sweeps.local_workers(workers, tasks, gpu)
         with cluster as client:
             if force:

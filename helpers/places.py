@@ -9,8 +9,10 @@ HUB_SETS = {  # name: hub id
     "imdb": "stanfordnlp/imdb",
     "ag_news": "fancyzhe/ag_news",
 }
-NAMING = {"model_ids": "model", "model_id": "model", "image_model_id": "model", "text_model_id": "model"}
-NAMING |= {"sets": "set", "text_set": "set"}  # parameters of notebooks that name what a hub may have
+NAMING = {  # parameters of notebooks that name what a hub may have
+    "model_ids": "model", "model_id": "model", "image_model_id": "model", "text_model_id": "model",
+    "sets": "set", "text_set": "set",
+}  # fmt: skip
 FOLDERS = ("images_dir", "concepts_dir", "targets_dir")  # parameters that name folders of images
 
 
@@ -47,7 +49,8 @@ def check_at_hand(plan: dict[str, dict]) -> None:
         raise ConnectionError(
             f"the model hub cannot be reached ({reason}), and these are neither local folders nor in its cache:{missing}\n"
             "Where there is a network: `hf download NAME --local-dir FOLDER`, for a set with `--repo-type dataset`. Then "
-            "give the folders in place of the names: -p model_ids '[FOLDER, ...]' -p sets '[FOLDER, ...]', or in a profile"
+            "give the folders in place of the names, in a profile or as in -p model_ids '[FOLDER, ...]'; FOLDER_short still "
+            "stands for the short texts of a set"
         )
 
 
@@ -55,11 +58,13 @@ def _elsewhere(parameter: str, value) -> Iterator[tuple[str, str]]:
     """Yield (kind, name) of each hub id, and of each absent folder, that a parameter's value names."""
     kind = "folder" if parameter in FOLDERS else NAMING.get(parameter)
     for name in value if isinstance(value, list) else [value]:
-        if kind == "set" and not project_path(name).is_dir():
+        if not kind or not name or not isinstance(name, str) or project_path(name).is_dir():
+            continue
+        if kind == "set":
             name = name.removesuffix("_short")
             name = HUB_SETS.get(name, name)
-        if not kind or not name or project_path(name).is_dir():
-            continue
+            if project_path(name).is_dir():
+                continue
         if kind == "folder" or ("/" in name and not name.startswith((".", "/", "~", "data/"))):
             yield kind, name  # other names, and paths that lead nowhere, are for the notebook to refuse
 
@@ -69,9 +74,10 @@ def _is_cached(kind: str, name: str) -> bool:
 
     if kind == "model":
         return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    from datasets import config  # seconds, which a run without sets of a hub does not wait for
+    from datasets import config, naming  # seconds, which a run without sets of a hub does not wait for
 
-    return Path(config.HF_DATASETS_CACHE, name.replace("/", "___")).is_dir()
+    owner, _, own_name = name.rpartition("/")
+    return Path(config.HF_DATASETS_CACHE, f"{owner}___{naming.camelcase_to_snakecase(own_name)}").is_dir()
 
 
 def _out_of_reach() -> str:

@@ -191,6 +191,26 @@ def test_integrated_gradients_add_up_better_with_more_steps(batch):
     assert fine.max() < 2e-4 < coarse.max()
 
 
+def test_integrated_gradients_go_on_in_smaller_passes_where_memory_runs_out(model, tokenizer, monkeypatch):
+    inputs = encode(SENTENCES, tokenizer, model)
+    players = token_players(inputs, tokenizer)
+    expected = baselines.integrated_gradients(model, inputs, players, tokenizer.mask_token_id, target=1, n_steps=8)
+    rows = []
+
+    def full_above_two(module, args, kwargs):
+        rows.append(len(kwargs["input_ids"]))
+        if rows[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    hook = model.register_forward_pre_hook(full_above_two, with_kwargs=True)
+    monkeypatch.setattr(baselines, "GRADIENT_TOKENS", 1)  # one point of each input at a time
+    with pytest.warns(UserWarning, match="^3 inputs at a time do not fit into memory; going on with 1$"):
+        found = baselines.integrated_gradients(model, inputs, players, tokenizer.mask_token_id, target=1, n_steps=8)
+    hook.remove()
+    assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert rows[0] == 3 and set(rows[1:]) == {1}
+
+
 def test_integrated_gradients_do_not_depend_on_the_batch(batch):
     model, inputs, players, mask = batch
     whole = baselines.integrated_gradients(model, inputs, players, mask, target=1, n_steps=8)

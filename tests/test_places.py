@@ -1,5 +1,7 @@
 """What a plan names is looked for before anything starts: folders, the hub's cache, the hub."""
 
+import datasets
+import huggingface_hub
 import pytest
 from click.testing import CliRunner
 
@@ -12,7 +14,9 @@ MODEL, SET = "someone/some-model", "stanfordnlp/imdb"
 
 @pytest.fixture
 def out_of_reach(monkeypatch):
+    """Neither a hub nor anything of it in a cache."""
     monkeypatch.setattr(places, "_out_of_reach", lambda: "no route to host")
+    monkeypatch.setattr(places, "_is_cached", lambda kind, name: False)
 
 
 def test_paper_profile_out_of_reach_names_all_that_it_needs_once(tmp_path, out_of_reach):
@@ -29,6 +33,7 @@ def test_paper_profile_out_of_reach_names_all_that_it_needs_once(tmp_path, out_o
     ]  # fmt: skip
     assert "(model_id of 02_vit_shapley, model_id of 03_concept_training, model_id of 04_tcav, image_model_id of 05" in lines[1]
     assert "hf download NAME --local-dir FOLDER" in lines[-1] and "-p model_ids '[FOLDER, ...]'" in lines[-1]
+    assert "FOLDER_short" in lines[-1]
 
 
 def test_paper_profile_without_its_images_names_the_folders_and_what_makes_them(monkeypatch, tmp_path):
@@ -66,17 +71,16 @@ def test_run_refuses_before_it_writes_anything(out_of_reach, tmp_path):
 @pytest.mark.parametrize(("parameter", "value", "kind"), [
     ("model_id", MODEL, "model"), ("sets", ["imdb_short"], "set"), ("text_set", SET, "set"), ("sets", [SET + "_short"], "set"),
 ])  # fmt: skip
-def test_what_the_hub_has_is_asked_of_the_network_unless_it_is_in_the_cache(out_of_reach, monkeypatch, tmp_path, parameter, value, kind):
+def test_what_the_hub_has_is_asked_of_the_network_unless_it_is_in_the_cache(monkeypatch, tmp_path, parameter, value, kind):
     plan = {"01": {parameter: value}}
+    monkeypatch.setattr(places, "_out_of_reach", lambda: "no route to host")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
     with pytest.raises(ConnectionError, match=rf"\n  {kind} \S+ \({parameter} of 01\)\n"):
         places.check_at_hand(plan)
     with monkeypatch.context() as patch:
         patch.setattr(places, "_out_of_reach", lambda: "")
         places.check_at_hand(plan)
-    import datasets
-    import huggingface_hub
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     (tmp_path / "stanfordnlp___imdb").mkdir()
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: "a file" if name == MODEL else None)
     places.check_at_hand(plan)
@@ -87,6 +91,12 @@ def test_hub_that_is_switched_off_or_does_not_answer_is_out_of_reach(monkeypatch
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    for proxy in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
     assert "refused" in places._out_of_reach().lower()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert places._out_of_reach() == "HF_HUB_OFFLINE is set"
+
+
+def test_what_is_no_name_is_for_others_to_refuse(out_of_reach):
+    places.check_at_hand({"01": {"sets": [2024, None], "model_id": ""}})
