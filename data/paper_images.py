@@ -8,6 +8,7 @@ ImageNet is read in order until every class has enough images, about a quarter o
 """
 
 import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,31 +58,34 @@ def read_set(source: str, counts: dict[str, int]) -> Iterator[tuple[str, bytes]]
                     return
 
 
+def folder_names(label: str) -> list[str]:
+    return list(dict.fromkeys([label, label.replace(" ", "_"), WORDNET.get(label, label)]))
+
+
 def read_folders(folder: Path, counts: dict[str, int]) -> Iterator[tuple[str, bytes]]:
     """Yield (label, file) from folders that are named by label or WordNet id."""
     for label, count in counts.items():
-        named = [folder / name for name in (label, label.replace(" ", "_"), WORDNET.get(label, label))]
+        named = [folder / name for name in folder_names(label)]
         found = [path for path in named if path.is_dir()]
         if not found:
-            raise click.UsageError(f"{folder} has no folder {' or '.join(dict.fromkeys(path.name for path in named))}")
+            raise click.UsageError(f"{folder} has no folder {' or '.join(folder_names(label))}")
         for path in sorted(path for path in found[0].iterdir() if path.is_file())[:count]:
             yield label, path.read_bytes()
 
 
 def gather(source: str, wanted: list[tuple[Path, str, int]]) -> None:
     """Fill folders (folder, label, images) from a set; folders of one label get different images."""
-    wanted = [(folder, label, count) for folder, label, count in wanted if not folder.is_dir()]
-    counts = dict.fromkeys((label for _, label, _ in wanted), 0)
-    for _, label, count in wanted:
-        counts[label] += count
-    if not counts:
+    missing = dict.fromkeys(label for folder, label, _ in wanted if not folder.is_dir())
+    if not missing:
         return
+    wanted = [(folder, label, count) for folder, label, count in wanted if label in missing]
+    counts = {label: sum(count for _, other, count in wanted if other == label) for label in missing}
     tree = local_folder(source)
-    is_tree = tree and any((tree / name).is_dir() for label in counts for name in (label, WORDNET.get(label, label)))
+    is_tree = tree and any((tree / name).is_dir() for label in counts for name in folder_names(label))
     files = {label: [] for label in counts}
     for label, content in read_folders(tree, counts) if is_tree else read_set(str(tree or source), counts):
         files[label].append(content)
-    for folder, label, count in wanted:
+    for folder, label, count in wanted:  # a folder that is there already keeps its share, and its images
         taken, files[label] = files[label][:count], files[label][count:]
         if len(taken) < count:
             click.echo(f"{source} has {len(taken)} images of {label} left for {folder.name}, {count} were asked for")
@@ -92,7 +96,8 @@ def save(folder: Path, files: list[bytes], suffix: str) -> None:
     """Write a folder of images that appears when all of them are in it, unless it is there already."""
     if not folder.is_dir():
         unfinished = folder.with_name(f".{folder.name}")
-        unfinished.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
         for number, content in enumerate(files):
             (unfinished / f"{number:04d}.{suffix}").write_bytes(content)
         unfinished.rename(folder)

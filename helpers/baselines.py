@@ -22,7 +22,7 @@ GRADIENT_TOKENS = 4096  # tokens in one backward pass of integrated gradients, w
 def attention_row_sum(maps: AttentionMaps) -> torch.Tensor:
     """Return each token's attention row, summed, mean over layers and heads: 1 for every token, by the softmax.
 
-    The paper's "Att" row. It is constant, so any ranking made from it is an order of ties.
+    The paper's "Att" row. It is constant, so any ranking made from it is an order of ties (in half precision, of rounding).
     """
     return maps.weights.sum(-1).mean((1, 2))
 

@@ -44,7 +44,7 @@ def load_sentences(name: str, split: str = "test", n_samples: int | None = None,
     the label is the sign of the mean rating, ratings within ±0.5 are left out. One document in five is held out as
     "test"; no test text, and no other sentence of its document, is in "train".
 
-    Raises ValueError for an unknown name or split, or a set without these columns, and ConnectionError where a hub set
+    Raises ValueError for an unknown name or split, or a set without these columns or that split with labels, and ConnectionError where a hub set
     cannot be reached.
     """
     if split not in ("train", "test"):

@@ -9,8 +9,8 @@ import fsspec
 from filelock import Timeout
 from tqdm import tqdm
 
-from helpers.places import check_at_hand
 from helpers.manifests import IN_PLACE, forget, is_url, lock, record_plan, run_states, unfinished_runs
+from helpers.places import check_at_hand
 from helpers.plans import (  # noqa: F401
     NOTEBOOKS, PROFILES, PROJECT_ROOT, load_profile, notebook_names, notebook_parameters, plan_run, plan_sweep,
     read_value,

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from helpers.places import PROJECT_ROOT, project_path  # noqa: F401
 
+
 def resolve_device(device: str = "auto") -> torch.device:
     """Turn "auto" into the best device at hand, or check that the named one ("cpu", "cuda:0", "mps") exists.
 

@@ -148,6 +148,7 @@ def test_recipe_reads_a_copy_of_imagenet_in_folders_and_keeps_what_is_there(hub,
         for number in range(3):
             (tmp_path / "train" / wordnet / f"{wordnet}_{number}.JPEG").write_bytes(f"{label} {number}".encode())
     (tmp_path / "out/concepts/dotted").mkdir(parents=True)
+    (tmp_path / "out/targets/zebra").mkdir(parents=True)  # it keeps its two images of three
     arguments = ["--textures", hub / "dtd", "--classes", tmp_path / "train", "--output", tmp_path / "out"]
     arguments = [str(part) for part in arguments] + ["--n-concept=2", "--n-target=2"]
     result = CliRunner().invoke(recipe.main, arguments)
@@ -155,6 +156,7 @@ def test_recipe_reads_a_copy_of_imagenet_in_folders_and_keeps_what_is_there(hub,
     assert "has 1 images of zebra left for zebra, 2 were asked for" in result.output
     husky = [path.read_text() for path in sorted((tmp_path / "out/concepts/siberian_husky").iterdir())]
     assert husky == ["Siberian husky 0", "Siberian husky 1"] and not list((tmp_path / "out/concepts/dotted").iterdir())
+    assert [path.read_text() for path in (tmp_path / "out/concepts/zebra").iterdir()] == ["zebra 2"]
     assert not list((tmp_path / "out").rglob(".*"))
 
 
