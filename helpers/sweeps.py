@@ -37,7 +37,8 @@ def local_workers(count: int | None, tasks: int, gpu: bool = False):
     if gpu and count > len(gpus):
         found = f"{count} workers need a GPU each, and here are {len(gpus)}"
         raise ValueError(f"{found}; give fewer --workers, or no --gpu")
-    threads = {name: os.environ.get(name, str(max(1, CPU_COUNT // count))) for name in THREADS}
+    share = os.environ.get("OMP_NUM_THREADS", str(max(1, CPU_COUNT // count)))  # what is set for one is meant for all
+    threads = {name: os.environ.get(name, share) for name in THREADS}
     quiet, workers = {"host": "127.0.0.1", "dashboard": False}, {}
     common = {**quiet, "nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
     common["config"] = {"distributed.worker.profile.enabled": False}  # it would sample what waits for a notebook

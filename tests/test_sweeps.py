@@ -181,6 +181,17 @@ def test_workers_of_this_machine_share_its_cores_and_own_a_gpu_each(project, mon
             pass
 
 
+def test_threads_set_for_openmp_hold_for_every_library(project, monkeypatch):
+    for name in project.sweeps.THREADS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("MKL_NUM_THREADS", "2")
+    monkeypatch.setattr(project.sweeps, "CPU_COUNT", 12)
+    with project.sweeps.local_workers(1, 5) as client:
+        found = [set(client.run(os.getenv, name).values()) for name in project.sweeps.THREADS]
+    assert found == [{"3"}, {"2"}, {"3"}, {"3"}]
+
+
 @pytest.mark.parametrize(("more", "workers"), [(["--gpu"], {"with_gpu"}), ([], {"with_gpu", "plain"})])
 def test_a_notebook_that_needs_a_gpu_goes_to_a_worker_that_offers_one(project, quick, grid, scheduler, more, workers):
     code = "import time\nfrom distributed import get_worker\nn_samples = get_worker().name\ntime.sleep(0.1)"
