@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MethodType
 
 import torch
+from huggingface_hub import constants
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -393,7 +394,8 @@ def _from_pretrained(loader, folder: str, **options):
     try:
         return loader.from_pretrained(folder, **options)
     except OSError as error:
-        if "model.safetensors" in str(error):
+        offline = constants.HF_HUB_OFFLINE and not Path(folder).is_dir()  # then transformers has looked in its cache alone
+        if "model.safetensors" in str(error) and not offline:
             raise FileNotFoundError(
                 f"{folder!r} has no model.safetensors; pickled weights are not read here. Where you trust them, convert them "
                 f"once: `python -c \"from transformers import {loader.__name__} as M; "

@@ -60,7 +60,7 @@ def in_batches(
             try:
                 result = step(batch)
             except (RuntimeError, MemoryError) as error:
-                if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+                if not _is_lack_of_memory(error):
                     raise
                 if len(batch) == 1:
                     error.add_note("not even one input fits; shorten it, or use device='cpu' or precision='bfloat16'")
@@ -175,6 +175,12 @@ def load_results(folder: Path, name: str, **expected) -> dict:
         found = ", ".join(f"{key} {results.get(key)!r} and not {value!r}" for key, value in differing.items())
         raise ValueError(f"{path.name} was made with {found}; run {name} and this notebook with the same parameters")
     return results
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Tell whether accelerate takes an error for a lack of memory, or it is a form that accelerate does not know."""
+    known = isinstance(error, MemoryError) or should_reduce_batch_size(error)
+    return known or any(part in str(error) for part in ("out of memory", "STATUS_ALLOC_FAILED"))
 
 
 def _made_by(name: str, path: Path) -> Path:

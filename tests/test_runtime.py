@@ -46,9 +46,9 @@ def test_seconds_are_wall_clock_and_stand_also_after_an_error(model):
 # Batches
 
 
-def full_above(limit, weights=None, error=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")):
+def full_above(limit, weights=None, error=None):
     """Return a step that has room for so much, and the list of the batches that it was given."""
-    given = []
+    given, error = [], error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     def step(batch):
         given.append(list(batch))
@@ -72,6 +72,8 @@ def test_batches_are_slices_in_order_and_the_rest_comes_last():
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ])  # fmt: skip
 def test_batch_that_does_not_fit_is_halved_with_a_note_and_nothing_done_is_repeated(error):
     step, given = full_above(2, error=error)
