@@ -12,6 +12,10 @@ from matplotlib.patches import Rectangle
 
 PAGE = 7.2  # inches, the width of a printed page's text
 FAMILY_COLORS = {"attention": "#2c6fbb", "gradient": "#2a8c55", "input": "#c0392b", "none": "#7f7f7f"}
+CONCEPT_COLORS = {
+    "striped": "#0072b2", "dotted": "#e69f00", "zigzagged": "#cc79a7",
+    "red": "#d55e00", "blue": "#0072b2", "green": "#009e73", "yellow": "#b8a000",
+}  # fmt: skip
 SIGNED = "RdBu_r"  # centred on zero: red speaks for the class, blue against it
 UNSIGNED = "viridis"
 
@@ -111,7 +115,8 @@ def method_strips(
             place = methods.index(row.method)
             axis.fill_betweenx([place - 0.36, place + 0.36], row.low, row.high, color="black", alpha=0.25, linewidth=0)
             axis.plot([row.mean, row.mean], [place - 0.36, place + 0.36], color="black", linewidth=1.2, zorder=3)
-        axis.set(title=f"{name} (n = {part.groupby('method', sort=False).size().max()})", xlabel="", ylabel="")
+        sizes = sorted(set(part["method"].value_counts()))
+        axis.set(title=f"{name} (n = {' or '.join(map(str, sizes))})", xlabel="", ylabel="")
         axis.tick_params(axis="y", length=0, labelsize=6.5)
     figure.supxlabel(label or measure, fontsize=8)
     return figure, axes[0]

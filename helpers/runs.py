@@ -199,9 +199,10 @@ def _now() -> str:
 
 
 def _with_palette(picture: str) -> str:
-    """Return a base64 PNG in 256 colours: a third of the size, and the eye sees no difference."""
+    """Return a base64 PNG in 256 colours, chosen to cover all that occur: a third of the size, and rare hues stay true."""
     packed = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").quantize(256).save(packed, "PNG", optimize=True)
+    picture = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(packed, "PNG", optimize=True)
     return base64.b64encode(packed.getvalue()).decode()
 
 

@@ -1,8 +1,14 @@
 """Every name and type is checked before a run starts; a run leaves clean notebooks, or the old ones."""
 
+import base64
+import io
+
+import matplotlib
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 from tiny_project import PARAMETERS, invoke, write_notebook, write_profile
 
 import helpers.plans
@@ -248,6 +254,22 @@ def test_cleaning_removes_progress_bars_and_bookkeeping_but_keeps_what_a_reader_
     clean = nbformat.read(path, 4)
     assert clean.cells[1].outputs == kept and clean.cells[1].metadata == {"tags": ["parameters"]}
     assert list(clean.metadata) == ["kernelspec"] and not clean.cells[0].metadata
+
+
+def test_packed_pictures_keep_the_colours_that_are_rare_in_them(tmp_path):
+    """A colour bar holds every colour of its scale, each of them a few pixels in thousands."""
+    scale = (255 * matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, 200))[None, :, :3]).astype(np.uint8).repeat(3, 0)
+    page = np.full((400, 600, 3), 255, np.uint8)
+    page[50:250, 50:250] = np.random.default_rng(0).integers(0, 256, (200, 200, 1), np.uint8)  # greys, which are many
+    page[390:393, 100:300] = scale
+    picture = io.BytesIO()
+    Image.fromarray(page).save(picture, "PNG")
+    cell = new_code_cell("x", outputs=[new_output("display_data", data={"image/png": base64.b64encode(picture.getvalue()).decode()})])
+    nbformat.write(new_notebook(cells=[cell]), tmp_path / "notebook.ipynb")
+    helpers.runs.clean_notebook(tmp_path / "notebook.ipynb")
+    packed = nbformat.read(tmp_path / "notebook.ipynb", 4).cells[0].outputs[0].data["image/png"]
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(packed))).convert("RGB")).astype(int)
+    assert np.abs(shown - page).max() < 25 and (shown[0] == 255).all()
 
 
 def test_types_of_parameters_are_read_from_the_notebook(collection):
