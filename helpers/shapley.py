@@ -145,8 +145,7 @@ def published_sampling(
     an unbiased estimate. sizes="uniform" lets each player in with probability ½; "kernel" draws |S| from the
     KernelSHAP kernel, (n−1) / (C(n,s) · s · (n−s)) for each coalition of size s, then the members evenly.
     """
-    if sizes not in ("uniform", "kernel"):
-        raise ValueError(f"sizes {sizes!r} is unknown; use 'uniform' or 'kernel'")
+    _check_sizes(sizes)
     if n_coalitions < 1:
         raise ValueError(f"n_coalitions must be at least 1, not {n_coalitions}")
     generator = torch.Generator().manual_seed(seed)
@@ -164,6 +163,39 @@ def published_sampling(
             marginal = coalition_values(attention, inside, game) - coalition_values(attention, outside, game)
             result[row, token] = (marginal.double() * torch.exp(-log_count)).sum() / n
     return result
+
+
+def published_limit(
+    matrix: torch.Tensor, players: torch.Tensor, game: str = "max_mutual", sizes: str = "uniform"
+) -> torch.Tensor:
+    """Return what a coalition adds to `published_sampling` on average, (batch, tokens): the proportions that it tends to.
+
+    With t players of S beside i, which happens with probability q_t, a pairwise game gives
+    E φ_i = Σ_t q_t / (n · C(n−1, t)) · [t/(n−1) Σ_{j≠i} w_ij + (t=0) M[i,i] − (t=1) Σ_{j≠i} M[j,j]/(n−1)].
+    For "uniform" sizes that is the exact value, divided by 2^(n−1). Ours. Raises ValueError as `published_sampling` does.
+    """
+    _check_sizes(sizes)
+    _check_game(game)
+    result = torch.zeros_like(matrix[:, 0], dtype=torch.double)
+    for row, (attention, playing) in enumerate(zip(matrix.double(), players, strict=True)):
+        n, others = int(playing.sum()), max(int(playing.sum()) - 1, 1)
+        t, weight = torch.arange(n).to(attention), torch.full_like(attention[0, :n], 2.0 ** (1 - n) / n)
+        if sizes == "kernel":
+            s, p = torch.arange(1, max(n, 2)).to(attention), attention.new_zeros(n + 1)  # p of the sizes of S
+            p[1 : max(n, 2)] = 1 / (s * (n - s).clamp(min=1))
+            q = (p[1:] * (t + 1) + p[:-1] * (n - t)) / (n * p.sum())  # i was in S, or it was not
+            weight = q / n / torch.exp(math.lgamma(n) - torch.lgamma(t + 1) - torch.lgamma(n - t))
+        if game == "cls":
+            result[row, playing] = attention[CLS][playing] * weight.sum()
+            continue
+        own, pairs = attention.diagonal()[playing], pair_values(attention[playing][:, playing], game).sum(-1) / others
+        result[row, playing] = pairs * (weight * t).sum() + own * weight[0] - (own.sum() - own) / others * weight[1:2].sum()
+    return result
+
+
+def _check_sizes(sizes: str) -> None:
+    if sizes not in ("uniform", "kernel"):
+        raise ValueError(f"sizes {sizes!r} is unknown; use 'uniform' or 'kernel'")
 
 
 def _draw_coalitions(n: int, count: int, sizes: str, generator: torch.Generator) -> torch.Tensor:

@@ -19,6 +19,7 @@ from helpers.shapley import (
     coalition_values,
     enumerate_shapley,
     pairwise_matrix,
+    published_limit,
     published_sampling,
     sampled_shapley,
 )
@@ -330,11 +331,29 @@ def test_published_sampling_converges_to_its_own_expectation(sizes):
     variance = sum(chance[subset] * (terms[subset] - expected) ** 2 for subset in subsets)
     sampled = published_sampling(matrix[None], players[None], game, count, sizes, seed=0)[0] / count
     assert ((sampled - expected).abs() < 4 * (variance / count).sqrt()).all()
+    assert_close(published_limit(matrix[None], players[None], game, sizes)[0], expected)
     exact = solve(matrix, game=game)
     if sizes == "uniform":  # right up to a factor that grows with the budget
         assert_close(expected, exact / 2 ** (n - 1))
     else:  # not even that: the proportions are off
         assert (expected / expected.norm() - exact / exact.norm()).abs().max() > 0.04
+
+
+@pytest.mark.parametrize("game", GAMES)
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+@pytest.mark.parametrize("sizes", ["uniform", "kernel"])
+def test_limit_of_published_sampling_is_its_mean_over_all_coalitions(sizes, n, game):
+    matrix, players = random_matrix(n + 2, seed=n), torch.arange(n + 2) % (n + 1) > 0  # neither the first plays nor the last
+    chance = {1: 1.0} if n == 1 else {s: 1 / (s * (n - s)) for s in range(1, n)}  # of all coalitions of a size together
+    chance = {s: share / sum(chance.values()) / math.comb(n, s) for s, share in chance.items()}
+    expected = torch.zeros(n + 2, dtype=torch.double)
+    for size in range(n + 1):
+        for subset in itertools.combinations(range(n), size):
+            share = 1 / 2**n if sizes == "uniform" else chance.get(size, 0)
+            expected += share * published_by_hand(matrix, players, [subset], game)
+    assert_close(published_limit(matrix[None], players[None], game, sizes)[0], expected)
+    if sizes == "uniform":
+        assert_close(expected, solve(matrix, players, game) / 2 ** (n - 1))
 
 
 @pytest.mark.parametrize("n", [1, 2, 40, 300])
@@ -420,6 +439,8 @@ def test_bad_sampling_arguments_are_refused():
     matrix, players = torch.rand(1, 3, 3), torch.ones(1, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="'normal' is unknown; use 'uniform' or 'kernel'"):
         published_sampling(matrix, players, sizes="normal")
+    with pytest.raises(ValueError, match="sizes 'normal' is unknown"):
+        published_limit(matrix, players, sizes="normal")
     with pytest.raises(ValueError, match="n_coalitions must be at least 1, not 0"):
         published_sampling(matrix, players, n_coalitions=0)
     with pytest.raises(ValueError, match="budget of 3 coalitions does not pay for one permutation of 3 players"):
