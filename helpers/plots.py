@@ -116,7 +116,7 @@ def method_strips(
             axis.fill_betweenx([place - 0.36, place + 0.36], row.low, row.high, color="black", alpha=0.25, linewidth=0)
             axis.plot([row.mean, row.mean], [place - 0.36, place + 0.36], color="black", linewidth=1.2, zorder=3)
         sizes = sorted(set(part["method"].value_counts()))
-        axis.set(title=f"{name} (n = {' or '.join(map(str, sizes))})", xlabel="", ylabel="")
+        axis.set(title=f"{name} (n = {'/'.join(map(str, sizes))})", xlabel="", ylabel="")
         axis.tick_params(axis="y", length=0, labelsize=6.5)
     figure.supxlabel(label or measure, fontsize=8)
     return figure, axes[0]

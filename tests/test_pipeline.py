@@ -257,11 +257,13 @@ def test_cleaning_removes_progress_bars_and_bookkeeping_but_keeps_what_a_reader_
 
 
 def test_packed_pictures_keep_the_colours_that_are_rare_in_them(tmp_path):
-    """A colour bar holds every colour of its scale, each of them a few pixels in thousands."""
+    """A colour bar holds every colour of its scale, each in a few pixels; white is one sign, and pale red another."""
     scale = (255 * matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, 200))[None, :, :3]).astype(np.uint8).repeat(3, 0)
     page = np.full((400, 600, 3), 255, np.uint8)
     page[50:250, 50:250] = np.random.default_rng(0).integers(0, 256, (200, 200, 1), np.uint8)  # greys, which are many
     page[390:393, 100:300] = scale
+    pale = 255 * matplotlib.colormaps["RdBu_r"](np.linspace(0.45, 0.55, 20))[:, :3]
+    page[50:250, 300:500] = pale.astype(np.uint8).repeat(10, 0)  # nearly zero on that scale, on either side
     picture = io.BytesIO()
     Image.fromarray(page).save(picture, "PNG")
     cell = new_code_cell("x", outputs=[new_output("display_data", data={"image/png": base64.b64encode(picture.getvalue()).decode()})])
@@ -270,6 +272,8 @@ def test_packed_pictures_keep_the_colours_that_are_rare_in_them(tmp_path):
     packed = nbformat.read(tmp_path / "notebook.ipynb", 4).cells[0].outputs[0].data["image/png"]
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(packed))).convert("RGB")).astype(int)
     assert np.abs(shown - page).max() < 25 and (shown[0] == 255).all()
+    signs = [np.sign(np.subtract(*image[100, 300:500, ::2].T.astype(int))) for image in (page, shown)]
+    assert (signs[0] * signs[1] >= 0).all() and signs[0].min() < 0 < signs[0].max()
 
 
 def test_types_of_parameters_are_read_from_the_notebook(collection):
