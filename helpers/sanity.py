@@ -6,10 +6,10 @@ Source: Adebayo et al. (2018), Sanity checks for saliency maps.
 import copy
 from collections.abc import Iterator
 
-import pandas as pd
+import numpy as np
 import torch
+from scipy.stats import rankdata
 
-from helpers.comparisons import rank_agreement
 from helpers.models import transformer_blocks
 
 
@@ -35,14 +35,18 @@ def randomisation_cascade(model, seed: int = 0) -> Iterator[tuple[str, torch.nn.
         yield name, randomised
 
 
-def rank_correlation(first: torch.Tensor, second: torch.Tensor, players: torch.Tensor) -> float:
-    """Return the mean over inputs of Spearman's correlation between two attributions (batch, tokens) at the players.
+def rank_correlations(first: torch.Tensor, second: torch.Tensor, players: torch.Tensor) -> np.ndarray:
+    """Return Spearman's correlation between two attributions (batch, tokens) at the players of each input, (batch,).
 
-    NaN where one of them ranks nothing on every input.
+    NaN where an input has fewer than three players, or one of the two ranks nothing there. Before a mean over inputs, take
+    the size |ρ| where a reversed order counts as the same one: signs that differ from input to input would cancel.
     """
-    row = players.nonzero(as_tuple=True)[0].cpu().numpy()
-    both = {name: values[players].double().cpu().numpy() for name, values in (("first", first), ("second", second))}
-    return float(rank_agreement(pd.DataFrame(both), row).loc["first", "second"])
+    found = np.full(len(players), np.nan)
+    for row, (one, two, playing) in enumerate(zip(first.cpu(), second.cpu(), players.cpu(), strict=True)):
+        ranks = [rankdata(values[playing].double()) for values in (one, two)]
+        if playing.sum() > 2 and min(map(np.ptp, ranks)) > 0:
+            found[row] = np.corrcoef(*ranks)[0, 1]
+    return found
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ import re
 import pytest
 import torch
 from conftest import SENTENCES, SPREAD
+from scipy.stats import spearmanr
 
 from helpers.models import encode, token_players
-from helpers.sanity import randomisation_cascade, rank_correlation
+from helpers.sanity import randomisation_cascade, rank_correlations
 
 
 def move_away(model):
@@ -110,24 +111,34 @@ def test_draws_between_the_steps_and_the_steps_leave_each_other_alone(model):
 def test_same_and_reversed_order_correlate_with_one_and_minus_one():
     first = torch.tensor([[0.1, 0.2, 0.5, 0.3]])
     players = torch.ones(1, 4, dtype=torch.bool)
-    assert rank_correlation(first, first.exp(), players) == pytest.approx(1)
-    assert rank_correlation(first, -first, players) == pytest.approx(-1)
+    assert rank_correlations(first, first.exp(), players) == pytest.approx([1])
+    assert rank_correlations(first, -first, players) == pytest.approx([-1])
 
 
-def test_inputs_are_ranked_apart_and_averaged():
-    first = torch.tensor([[1.0, 2, 3], [10, 20, 30]])
-    second = torch.tensor([[5.0, 6, 7], [3, 2, 1]])
-    assert rank_correlation(first, second, torch.ones(2, 3, dtype=torch.bool)) == pytest.approx(0)
+def test_inputs_are_ranked_apart():
+    first = torch.tensor([[1.0, 2, 3], [10, 20, 30], [1, 2, 3]])
+    second = torch.tensor([[5.0, 6, 7], [3, 2, 1], [3, 1, 2]])
+    assert rank_correlations(first, second, torch.ones(3, 3, dtype=torch.bool)) == pytest.approx([1, -1, -0.5])
+
+
+def test_ties_share_their_rank_as_in_scipy():
+    first, second = torch.tensor([[1.0, 1, 2, 5, 5, 7]]), torch.tensor([[3.0, 1, 1, 1, 8, 2]])
+    expected = spearmanr(first[0], second[0]).statistic
+    assert rank_correlations(first, second, torch.ones(1, 6, dtype=torch.bool)) == pytest.approx([expected])
 
 
 def test_what_does_not_play_does_not_count(model, tokenizer):
     players = token_players(encode(SENTENCES, tokenizer, model), tokenizer)
     first = torch.rand(players.shape, generator=torch.Generator().manual_seed(0))
     second = torch.where(players, 2 * first + 1, -100 * first)
-    assert rank_correlation(first, second, players) == pytest.approx(1)
-    assert rank_correlation(first, second.masked_fill(~players, torch.nan), players) == pytest.approx(1)
+    assert rank_correlations(first, second, players) == pytest.approx([1] * len(SENTENCES))
+    assert rank_correlations(first, second.masked_fill(~players, torch.nan), players) == pytest.approx([1] * len(SENTENCES))
 
 
 def test_attribution_that_ranks_nothing_has_no_correlation():
-    first = torch.tensor([[1.0, 2, 3]])
-    assert math.isnan(rank_correlation(first, torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool)))
+    first, everyone = torch.tensor([[1.0, 2, 3], [1, 2, 3]]), torch.ones(2, 3, dtype=torch.bool)
+    second = torch.tensor([[1.0, 1, 1], [1, 2, 3]])
+    assert rank_correlations(first, second, everyone) == pytest.approx([math.nan, 1], nan_ok=True)
+    for few in ([True, True, False], [False, False, False]):
+        players = torch.tensor([few, [True, True, True]])
+        assert rank_correlations(first, first, players) == pytest.approx([math.nan, 1], nan_ok=True)
