@@ -38,7 +38,7 @@ SMALL = {  # sizes; all else is the profile's own
     "n_samples": 4, "n_accuracy": 20, "n_shapley_input": 2, "max_players": 7, "n_shap": 1, "ig_steps": 2, "n_random": 1,
     "n_sampling": 2, "budgets": [10, 100], "n_permutations": 1, "patch_counts": [9], "n_coalitions": 5, "n_images": 12,
     "n_draws": 3, "n_draws_others": 2, "n_folds": 2, "n_accuracy_draws": 1, "n_targets": 6, "n_concept_images": 12,
-    "n_random_images": 5, "n_resamples": 50, "n_sentences": 6, "n_text_draws": 2, "n_operators": 2, "n_sanity": 2,
+    "n_random_images": 5, "n_resamples": 50, "n_sentences": 6, "n_text_draws": 2, "n_operators": 2, "n_sanity": 2, "n_weights": 1,
     "n_planted": 4, "planted_steps": 1, "n_selection": 2, "batch_size": 3,
 }  # fmt: skip
 
