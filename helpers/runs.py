@@ -146,6 +146,7 @@ def _complete_at_url(name: str, parameters: dict, url: str, addresses: dict) -> 
 
 
 def _execute(name: str, target: Path, parameters: dict) -> None:
+    os.environ.setdefault("PYTHONHASHSEED", "0")  # the order of sets, in which some libraries draw; the kernel inherits it
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_suffix(".log").open("w", encoding="utf8") as log:
         try:

@@ -229,6 +229,16 @@ def test_run_elsewhere_takes_the_parameters_and_leaves_the_collection_alone(coll
     assert (output / "notebooks" / "01_first.log").read_text() == f"{said}on the way\n"
 
 
+def test_sets_have_one_order_in_every_kernel(collection, monkeypatch):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    write_notebook(collection.root, "01_first", "print(hash('a'))")
+    said = []
+    for output in ("one", "two"):
+        assert invoke(collection, "run", "--only", "01_first", "--output", output).exit_code == 0
+        said.append((collection.root / output / "notebooks" / "01_first.log").read_text())
+    assert said[0] == said[1] != ""
+
+
 # Cleaning
 
 
