@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 from helpers.models import transformer_blocks
 
@@ -43,9 +43,9 @@ def rank_correlations(first: torch.Tensor, second: torch.Tensor, players: torch.
     """
     found = np.full(len(players), np.nan)
     for row, (one, two, playing) in enumerate(zip(first.cpu(), second.cpu(), players.cpu(), strict=True)):
-        ranks = [rankdata(values[playing].double()) for values in (one, two)]
-        if playing.sum() > 2 and min(map(np.ptp, ranks)) > 0:
-            found[row] = np.corrcoef(*ranks)[0, 1]
+        pair = [values[playing].double().numpy() for values in (one, two)]
+        if playing.sum() > 2 and min(map(np.ptp, pair)) > 0:
+            found[row] = spearmanr(*pair).statistic
     return found
 
 
