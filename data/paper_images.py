@@ -1,10 +1,13 @@
 """Gather the images of the paper's study of concepts, once, into the folders that the paper profile names.
 
-    python data/paper_images.py                                  from the hub; its ImageNet asks for `hf auth login`
-    python data/paper_images.py --classes my/imagenet/train      from a copy of ImageNet, in folders n02391049/*.JPEG
+    python data/paper_images.py                                  from the hub; its ImageNet asks for `hf auth
+                                                                 login`
+    python data/paper_images.py --classes my/imagenet/train      from a copy of ImageNet, in folders
+    n02391049/*.JPEG
 
-Textures are of DTD (Cimpoi et al. 2014), classes of ImageNet (Russakovsky et al. 2015), flat colours are drawn. The hub's
-ImageNet is read in order until every class has enough images, about a quarter of it. Folders that are there are kept.
+Textures are of DTD (Cimpoi et al. 2014), classes of ImageNet (Russakovsky et al. 2015), flat colours are
+drawn. The hub's ImageNet is read in order until every class has enough images, about a quarter of it. Folders
+that are there are kept.
 """
 
 import io
@@ -26,24 +29,34 @@ CLASSES = {"zebra": "zebra", "dalmatian": "dalmatian", "dog sled": "dogsled", "f
 CONCEPT_CLASSES = {"siberian_husky": "Siberian husky", "zebra": "zebra", "corgi": "Pembroke"}
 COLOURS = ("red", "blue", "green", "yellow")
 WORDNET = {  # of the labels above, as ImageNet's own folders are named
-    "zebra": "n02391049", "dalmatian": "n02110341", "dogsled": "n03218198", "fire engine": "n03345487",
-    "Siberian husky": "n02110185", "Pembroke": "n02113023",
-}  # fmt: skip
+    "zebra": "n02391049",
+    "dalmatian": "n02110341",
+    "dogsled": "n03218198",
+    "fire engine": "n03345487",
+    "Siberian husky": "n02110185",
+    "Pembroke": "n02113023",
+}
 
 
 def numbers_of(source: str, feature, labels) -> dict[int, str]:
-    """Return {class number: label}; a class may go by a synonym between the commas of its name, or by its WordNet id."""
+    """Return {class number: label}; a class may go by a synonym between the commas of its name, or by its
+    WordNet id.
+    """
     found = {}
     for number, name in enumerate(feature.names):
         synonyms = {part.strip().lower().replace("_", " ") for part in (name, *name.split(","))}
         found |= {number: label for label in labels if synonyms & {label.lower(), WORDNET.get(label)}}
     if missing := sorted(set(labels) - set(found.values())):
-        raise click.UsageError(f"{source} has no class {', '.join(missing)}; it has {', '.join(feature.names[:10])}, ...")
+        raise click.UsageError(
+            f"{source} has no class {', '.join(missing)}; it has {', '.join(feature.names[:10])}, ..."
+        )
     return found
 
 
 def read_set(source: str, counts: dict[str, int]) -> Iterator[tuple[str, bytes]]:
-    """Yield (label, file) of a set with the columns image and label, split by split, until each label has its count."""
+    """Yield (label, file) of a set with the columns image and label, split by split, until each label has its
+    count.
+    """
     left = dict(counts)
     with tqdm(total=sum(left.values()), desc=source, unit="image") as bar:
         for rows in datasets.load_dataset(source, streaming=True).values():
@@ -88,7 +101,9 @@ def gather(source: str, wanted: list[tuple[Path, str, int]]) -> None:
     for folder, label, count in wanted:  # a folder that is there already keeps its share, and its images
         taken, files[label] = files[label][:count], files[label][count:]
         if len(taken) < count:
-            click.echo(f"{source} has {len(taken)} images of {label} left for {folder.name}, {count} were asked for")
+            click.echo(
+                f"{source} has {len(taken)} images of {label} left for {folder.name}, {count} were asked for"
+            )
         save(folder, taken, "jpg")
 
 
@@ -114,16 +129,27 @@ def as_png(image) -> bytes:
 @click.option("--textures", default="tanganke/dtd", show_default=True, help="hub id or folder")
 @click.option("--classes", default="ILSVRC/imagenet-1k", show_default=True, help="hub id or folder")
 @click.option("--n-concept", default=120, show_default=True, help="images of each concept")
-@click.option("--n-target", default=200, show_default=True, help="images of each explained class, others than the concepts'")
-@click.option("--output", default="data/cache/paper", show_default=True, help="folder, below the project root")
+@click.option(
+    "--n-target",
+    default=200,
+    show_default=True,
+    help="images of each explained class, others than the concepts'",
+)
+@click.option(
+    "--output", default="data/cache/paper", show_default=True, help="folder, below the project root"
+)
 def main(textures: str, classes: str, n_concept: int, n_target: int, output: str) -> None:
     with one_line_errors():
         concepts, targets = project_path(output) / "concepts", project_path(output) / "targets"
         for colour in COLOURS:
-            save(concepts / colour, [as_png(image) for image in draw_concept_images(colour, n_concept)], "png")
+            save(
+                concepts / colour, [as_png(image) for image in draw_concept_images(colour, n_concept)], "png"
+            )
         gather(textures, [(concepts / name, label, n_concept) for name, label in TEXTURES.items()])
         wanted = [(targets / name, label, n_target) for name, label in CLASSES.items()]
-        gather(classes, wanted + [(concepts / name, label, n_concept) for name, label in CONCEPT_CLASSES.items()])
+        gather(
+            classes, wanted + [(concepts / name, label, n_concept) for name, label in CONCEPT_CLASSES.items()]
+        )
         for folder in sorted([*concepts.iterdir(), *targets.iterdir()]):
             click.echo(f"{folder.parent.name}/{folder.name}: {len(list(folder.iterdir()))} images")
 

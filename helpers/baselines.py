@@ -1,7 +1,9 @@
-"""The explanations that attention games are compared with: from attention, from gradients, from erased inputs.
+"""The explanations that attention games are compared with: from attention, from gradients, from erased
+inputs.
 
-Every function returns attributions (batch, tokens). Those that take `players` are zero off them. `mask_token_id` and
-`operator` say what erasing does, to tokens or to patches, as in `faithfulness.erasure_curves`.
+Every function returns attributions (batch, tokens). Those that take `players` are zero off them.
+`mask_token_id` and `operator` say what erasing does, to tokens or to patches, as in
+`faithfulness.erasure_curves`.
 """
 
 from collections.abc import Sequence
@@ -12,23 +14,36 @@ from tqdm.auto import tqdm
 
 from helpers.faithfulness import erased_probabilities
 from helpers.images import replacement_pixels, sum_over_patches
-from helpers.models import GRADIENT_SCALE, AttentionMaps, encode, fast_attention, resolve_target, token_players
+from helpers.models import (
+    GRADIENT_SCALE,
+    AttentionMaps,
+    encode,
+    fast_attention,
+    resolve_target,
+    token_players,
+)
 from helpers.runtime import in_batches
 from helpers.shapley import enumerate_shapley, sampled_shapley
 
-GRADIENT_TOKENS = 4096  # tokens in one backward pass of integrated gradients, which walks many points for each input
+GRADIENT_TOKENS = (
+    4096  # tokens in one backward pass of integrated gradients, which walks many points for each input
+)
 
 
 def attention_row_sum(maps: AttentionMaps) -> torch.Tensor:
-    """Return each token's attention row, summed, mean over layers and heads: 1 for every token, by the softmax.
+    """Return each token's attention row, summed, mean over layers and heads: 1 for every token, by the
+    softmax.
 
-    The paper's "Att" row. It is constant, so any ranking made from it is an order of ties (in half precision, of rounding).
+    The paper's "Att" row. It is constant, so any ranking made from it is an order of ties (in half precision,
+    of rounding).
     """
     return maps.weights.sum(-1).mean((1, 2))
 
 
 def attention_received(maps: AttentionMaps) -> torch.Tensor:
-    """Return the attention that each token receives: the mean of its column over real queries, layers and heads."""
+    """Return the attention that each token receives: the mean of its column over real queries, layers and
+    heads.
+    """
     real = _real_tokens(maps).to(maps.weights.dtype)
     return torch.einsum("blhqk,bq->bk", maps.weights, real / real.sum(-1, keepdim=True)) / _n_maps(maps)
 
@@ -46,7 +61,8 @@ def grad_sam(maps: AttentionMaps) -> torch.Tensor:
 
 
 def attention_rollout(maps: AttentionMaps, cls: int = 0) -> torch.Tensor:
-    """Return the cls row of attention rollout: the product over layers of ½ (mean over heads of A + identity).
+    """Return the cls row of attention rollout: the product over layers of ½ (mean over heads of A +
+    identity).
 
     Source: Abnar and Zuidema (2020).
     """
@@ -64,12 +80,19 @@ def random_attributions(players: torch.Tensor, seed: int = 0) -> torch.Tensor:
 
 
 def shapley_input(
-    model, inputs, players: torch.Tensor, mask_token_id: int, target=None, max_players: int = 12,
-    operator: str = "mask", progress: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    model,
+    inputs,
+    players: torch.Tensor,
+    mask_token_id: int,
+    target=None,
+    max_players: int = 12,
+    operator: str = "mask",
+    progress: bool = False,
+) -> torch.Tensor:
     """Return exact Shapley values of the explained class's probability when absent tokens are erased.
 
-    Costs 2**n forwards for n players. Raises ValueError before any pass where an input has more than `max_players`.
+    Costs 2**n forwards for n players. Raises ValueError before any pass where an input has more than
+    `max_players`.
     """
     counts = players.sum(-1).tolist()
     if max(counts) > max_players:
@@ -86,9 +109,16 @@ def shapley_input(
 
 
 def shapley_input_sampled(
-    model, inputs, players: torch.Tensor, mask_token_id: int, target=None, n_permutations: int = 10,
-    operator: str = "mask", seed: int = 0, progress: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    model,
+    inputs,
+    players: torch.Tensor,
+    mask_token_id: int,
+    target=None,
+    n_permutations: int = 10,
+    operator: str = "mask",
+    seed: int = 0,
+    progress: bool = False,
+) -> torch.Tensor:
     """Return unbiased estimates of `shapley_input` for any number of players: permutation sampling of shapiq.
 
     Costs n_permutations · (n − 1) + 2 forwards for n players; input i draws its orders with seed + i.
@@ -100,8 +130,12 @@ def shapley_input_sampled(
     return _solve_input_game(model, inputs, players, mask_token_id, target, operator, progress, solve)
 
 
-def _solve_input_game(model, inputs, players, mask_token_id, target, operator, progress, solve) -> torch.Tensor:
-    """Solve, by solve(value, n, row), the game whose payoff is the explained class's probability on a partial input."""
+def _solve_input_game(
+    model, inputs, players, mask_token_id, target, operator, progress, solve
+) -> torch.Tensor:
+    """Solve, by solve(value, n, row), the game whose payoff is the explained class's probability on a partial
+    input.
+    """
     target = _explained_class(model, inputs, target)
     attributions = torch.zeros(players.shape, device=players.device)
     for row, playing in enumerate(tqdm(players, desc="Shapley-Input", disable=not progress, leave=False)):
@@ -119,7 +153,9 @@ def _solve_input_game(model, inputs, players, mask_token_id, target, operator, p
 def leave_one_out(
     model, inputs, players: torch.Tensor, mask_token_id: int, target=None, operator: str = "mask"
 ) -> torch.Tensor:
-    """Return how much the explained class's probability falls when each player alone is erased: n + 1 forwards."""
+    """Return how much the explained class's probability falls when each player alone is erased: n + 1
+    forwards.
+    """
     rows, tokens = players.nonzero(as_tuple=True)
     batch, n_tokens = players.shape
     keep = torch.ones(batch + len(rows), n_tokens, dtype=torch.bool, device=players.device)
@@ -134,15 +170,25 @@ def leave_one_out(
 
 
 def integrated_gradients(
-    model, inputs, players: torch.Tensor, mask_token_id: int, target=None, n_steps: int = 20, batch_size: int = 32
+    model,
+    inputs,
+    players: torch.Tensor,
+    mask_token_id: int,
+    target=None,
+    n_steps: int = 20,
+    batch_size: int = 32,
 ) -> torch.Tensor:
-    """Return integrated gradients of the explained class's probability from an input whose players are all erased.
+    """Return integrated gradients of the explained class's probability from an input whose players are all
+    erased.
 
-    Captum integrates over the embeddings, or the pixels, with `n_steps` points; each token gets the sum over its width,
-    each patch the sum over its pixels. The start is [MASK] at every player, or the colour `mask_token_id` all over.
-    Source: Sundararajan et al. (2017).
+    Captum integrates over the embeddings, or the pixels, with `n_steps` points; each token gets the sum over
+    its width, each patch the sum over its pixels. The start is [MASK] at every player, or the colour
+    `mask_token_id` all over. Source: Sundararajan et al. (2017).
     """
-    from captum.attr import IntegratedGradients, LayerIntegratedGradients  # heavy, and only this function needs it
+    from captum.attr import (
+        IntegratedGradients,
+        LayerIntegratedGradients,
+    )  # heavy, and only this function needs it
 
     target = _explained_class(model, inputs, target)
     images = "pixel_values" in inputs
@@ -153,19 +199,31 @@ def integrated_gradients(
         logits = model(**{changing: changed}, **dict(zip(rest, others, strict=True))).logits
         return logits.softmax(-1) * GRADIENT_SCALE
 
-    points = max(1, GRADIENT_TOKENS // (players.shape[1] * min(batch_size, len(players))))  # at once, of each input
+    points = max(
+        1, GRADIENT_TOKENS // (players.shape[1] * min(batch_size, len(players)))
+    )  # at once, of each input
     method = IntegratedGradients(probability) if images else None
     method = method or LayerIntegratedGradients(probability, model.get_input_embeddings())
 
     def integrate(places):
         part = slice(places.start, places.stop)
         whole = inputs[changing][part]
-        erased = replacement_pixels(whole, mask_token_id) if images else whole.masked_fill(players[part], mask_token_id)
-        fine = method.attribute(
-            whole, erased, target=target[part], n_steps=n_steps,
-            additional_forward_args=tuple(tensor[part] for tensor in rest.values()),
-            internal_batch_size=len(places) * points,
-        ).detach() / GRADIENT_SCALE  # fmt: skip
+        erased = (
+            replacement_pixels(whole, mask_token_id)
+            if images
+            else whole.masked_fill(players[part], mask_token_id)
+        )
+        fine = (
+            method.attribute(
+                whole,
+                erased,
+                target=target[part],
+                n_steps=n_steps,
+                additional_forward_args=tuple(tensor[part] for tensor in rest.values()),
+                internal_batch_size=len(places) * points,
+            ).detach()
+            / GRADIENT_SCALE
+        )
         return sum_over_patches(model, fine) if images else fine.sum(-1)
 
     with fast_attention(model):
@@ -176,10 +234,12 @@ def integrated_gradients(
 def shap_values(
     model, tokenizer, texts: Sequence[str], target=None, max_evals: int = 500, progress: bool = False
 ) -> torch.Tensor:
-    """Return SHAP's values of the explained class's probability: its partition explainer over [MASK]ed tokens.
+    """Return SHAP's values of the explained class's probability: its partition explainer over [MASK]ed
+    tokens.
 
-    The hierarchy of tokens is shap's own, so these are Owen values. `max_evals` bounds the masked inputs per text.
-    The values stand in the columns of `encode(texts, tokenizer, model)`. Source: Lundberg and Lee (2017).
+    The hierarchy of tokens is shap's own, so these are Owen values. `max_evals` bounds the masked inputs per
+    text. The values stand in the columns of `encode(texts, tokenizer, model)`. Source: Lundberg and Lee
+    (2017).
     """
     import shap  # heavy, and only this function needs it
 
@@ -198,7 +258,9 @@ def shap_values(
             return logits.softmax(-1)[:, target[row]].float().cpu().numpy()
 
         explainer = shap.explainers.Partition(probability, masker)
-        explanation = explainer([text], max_evals=max(max_evals, 2 * n_tokens + 1), batch_size=64, silent=True)
+        explanation = explainer(
+            [text], max_evals=max(max_evals, 2 * n_tokens + 1), batch_size=64, silent=True
+        )
         attributions[row, :n_tokens] = torch.as_tensor(explanation.values[0], dtype=torch.float32)
     return attributions * token_players(inputs, tokenizer)
 
@@ -206,7 +268,11 @@ def shap_values(
 def _real_tokens(maps: AttentionMaps) -> torch.Tensor:
     """Return bool (batch, tokens), False at padding."""
     batch, *_, tokens = maps.weights.shape
-    return torch.ones(batch, tokens, dtype=torch.bool, device=maps.weights.device) if maps.real is None else maps.real
+    return (
+        torch.ones(batch, tokens, dtype=torch.bool, device=maps.weights.device)
+        if maps.real is None
+        else maps.real
+    )
 
 
 def _n_maps(maps: AttentionMaps) -> int:
@@ -224,5 +290,11 @@ def _explained_class(model, inputs, target) -> torch.Tensor:
 
 def _last_character(tokenizer, text: str, n_tokens: int) -> int:
     """Return where the text ends for the model: its length, or the cut that `encode` made."""
-    offsets = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=n_tokens)["offset_mapping"]
-    return max(end for _, end in offsets) if len(tokenizer(text, verbose=False)["input_ids"]) > n_tokens else len(text)
+    offsets = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=n_tokens)[
+        "offset_mapping"
+    ]
+    return (
+        max(end for _, end in offsets)
+        if len(tokenizer(text, verbose=False)["input_ids"]) > n_tokens
+        else len(text)
+    )

@@ -15,12 +15,14 @@ def paired_tests(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
 
     scores  one line an input, one column a method
 
-    Returns, a line a method: the mean difference to the reference with its bootstrap interval, the two-sided p of
-    Wilcoxon's signed-rank test, and p Holm, corrected over the methods (Holm 1979). Methods that never differ have p 1.
-    Raises ValueError for an unknown reference, or fewer than two inputs.
+    Returns, a line a method: the mean difference to the reference with its bootstrap interval, the two-sided
+    p of Wilcoxon's signed-rank test, and p Holm, corrected over the methods (Holm 1979). Methods that never
+    differ have p 1. Raises ValueError for an unknown reference, or fewer than two inputs.
     """
     if reference not in scores.columns:
-        raise ValueError(f"reference {reference!r} is not a column; use one of {', '.join(map(str, scores.columns))}")
+        raise ValueError(
+            f"reference {reference!r} is not a column; use one of {', '.join(map(str, scores.columns))}"
+        )
     if len(scores) < 2:
         raise ValueError(f"a paired test needs at least two inputs, not {len(scores)}")
     differences = scores.drop(columns=reference).sub(scores[reference], axis=0)
@@ -34,7 +36,8 @@ def paired_tests(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def tied_with_best(scores: pd.DataFrame, higher: bool = True, seed: int = 0) -> list[str]:
-    """Return the best method by its mean, first, and every method whose interval of the difference to it holds zero.
+    """Return the best method by its mean, first, and every method whose interval of the difference to it
+    holds zero.
 
     scores  one line an input, one column a method; `higher` says whether larger means better
     """
@@ -44,7 +47,9 @@ def tied_with_best(scores: pd.DataFrame, higher: bool = True, seed: int = 0) -> 
 
 
 def pareto_front(prices: Sequence[float], scores: Sequence[float]) -> np.ndarray:
-    """Return bool (methods,): True where no other method scores at least as high for at most the price, and differs."""
+    """Return bool (methods,): True where no other method scores at least as high for at most the price, and
+    differs.
+    """
     prices, scores = np.asarray(prices, dtype=float), np.asarray(scores, dtype=float)
     no_worse = (prices[None] <= prices[:, None]) & (scores[None] >= scores[:, None])
     better = (prices[None] < prices[:, None]) | (scores[None] > scores[:, None])
@@ -57,7 +62,8 @@ def rank_agreement(attributions: pd.DataFrame, inputs) -> pd.DataFrame:
     attributions  one line a token or patch, one column a method
     inputs        what tells the inputs apart, one value a line
 
-    Inputs with fewer than three players are left out, and so is, for a pair, an input that one of them ranks not at all.
+    Inputs with fewer than three players are left out, and so is, for a pair, an input that one of them ranks
+    not at all.
     """
     parts = [part.corr("spearman").to_numpy() for _, part in attributions.groupby(inputs) if len(part) > 2]
     if not parts:

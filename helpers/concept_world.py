@@ -1,11 +1,13 @@
-"""Concept world: 64 x 64 scenes whose class depends on a shape AND a concept, drawn by code, so the truth is known.
+"""Concept world: 64 x 64 scenes whose class depends on a shape AND a concept, drawn by code, so the truth is
+known.
 
     zebra      = horse + stripes        dalmatian = dog + dots         fire engine = truck + red
     horse      = horse + plain          dog       = dog + plain        van         = truck + another colour
 
-Decoys, on request, are horses and dogs with a texture that is not their concept: they tell "stripes" from "textured".
-A scene is painted in layers: a 1/f-noise background, the object in its base colour, its coat (the part that carries the
-concept), dark details. Coordinates run right and down; a unit is half the width of an object.
+Decoys, on request, are horses and dogs with a texture that is not their concept: they tell "stripes" from
+"textured". A scene is painted in layers: a 1/f-noise background, the object in its base colour, its coat (the
+part that carries the concept), dark details. Coordinates run right and down; a unit is half the width of an
+object.
 """
 
 import difflib
@@ -18,16 +20,30 @@ import numpy as np
 import PIL.Image
 
 SIZE = 64  # pixels a side
-BLOCK = 64  # images drawn at once; one generator a block, so that image i does not depend on how many are drawn
-CLASSES = ("zebra", "horse", "dalmatian", "dog", "fire engine", "van")  # two a shape: with its concept, without
+BLOCK = (
+    64  # images drawn at once; one generator a block, so that image i does not depend on how many are drawn
+)
+CLASSES = (
+    "zebra",
+    "horse",
+    "dalmatian",
+    "dog",
+    "fire engine",
+    "van",
+)  # two a shape: with its concept, without
 TEXTURES = ("striped", "dotted", "zigzagged")  # the first is the horse's concept, the second the dog's
 PLAIN = len(TEXTURES)
-HUES = {"red": (-0.02, 0.02), "blue": (0.61, 0.65), "green": (0.32, 0.36), "yellow": (0.13, 0.17)}  # of a circle of 1
+HUES = {
+    "red": (-0.02, 0.02),
+    "blue": (0.61, 0.65),
+    "green": (0.32, 0.36),
+    "yellow": (0.13, 0.17),
+}  # of a circle of 1
 CONCEPTS = (*TEXTURES, *HUES, "random")
 COLOURED_TEXTURES = tuple(f"{colour} {texture}" for colour in HUES for texture in TEXTURES)
 
-# Shapes, facing right, as joints (x, y, radius) joined by tapering limbs, or as boxes (left, top, right, bottom).
-# "coat" carries the concept, "base" is the rest of the body, "detail" is painted last.
+# Shapes, facing right, as joints (x, y, radius) joined by tapering limbs, or as boxes (left, top, right,
+# bottom). "coat" carries the concept, "base" is the rest of the body, "detail" is painted last.
 SILHOUETTES = {
     "horse": {
         "coat": [[(-0.46, -0.14, 0.25), (0.0, -0.06, 0.22), (0.30, -0.12, 0.24)],
@@ -59,7 +75,7 @@ SILHOUETTES = {
         "base": [(-0.90, 0.26, 0.98, 0.42)],
         "detail": [[(-0.66, 0.44, 0.17)], [(-0.26, 0.44, 0.17)], [(0.66, 0.44, 0.17)], (0.54, -0.16, 0.78, 0.06)],
     },
-}
+}  # fmt: skip  # a table of shapes: one limb or box a place
 
 
 class Scenes(NamedTuple):
@@ -74,14 +90,16 @@ class Scenes(NamedTuple):
 def draw_scenes(n_images, seed=0, labels=None, decoys=0.0):
     """Draw scenes with their labels and masks.
 
-    The concept mask is the visible coat: torso and neck of an animal, the painted walls of a truck. A class without its
-    concept (horse, dog, van) has the same mask: the place where the concept would be. Everything but the label is drawn
-    from (seed, i) alone, so scene i under another label is the same scene with another shape or concept.
+    The concept mask is the visible coat: torso and neck of an animal, the painted walls of a truck. A class
+    without its concept (horse, dog, van) has the same mask: the place where the concept would be. Everything
+    but the label is drawn from (seed, i) alone, so scene i under another label is the same scene with another
+    shape or concept.
 
     n_images: how many, at least 1.
     seed: a non-negative integer; the same seed gives the same bytes.
     labels: class names or indices, one a scene; by default the classes take turns: 0, 1, ... 5, 0, 1, ...
-    decoys: share, 0 to 1, of the horses and dogs that are not plain but wear a texture that is not their concept
+    decoys: share, 0 to 1, of the horses and dogs that are not plain but wear a texture that is not their
+    concept
         (dots or zigzags on a horse, stripes or zigzags on a dog) and stay a horse or dog.
     Returns Scenes. Raises ValueError for a bad count or share, an unknown class, or labels of another length.
     """
@@ -97,10 +115,11 @@ def draw_scenes(n_images, seed=0, labels=None, decoys=0.0):
 
 
 def draw_counterfactual_pairs(n_pairs, seed=0):
-    """Draw pairs of scenes in which only the concept is exchanged: zebra and horse, dalmatian and dog, and so on.
+    """Draw pairs of scenes in which only the concept is exchanged: zebra and horse, dalmatian and dog, and so
+    on.
 
-    Returns two Scenes of n_pairs, with the concept and without it; their pixels differ inside the concept mask alone.
-    Scene i of the first is a zebra, a dalmatian or a fire engine, in turn.
+    Returns two Scenes of n_pairs, with the concept and without it; their pixels differ inside the concept
+    mask alone. Scene i of the first is a zebra, a dalmatian or a fire engine, in turn.
     Raises ValueError for a bad count.
     """
     _check_count(n_pairs)
@@ -111,7 +130,8 @@ def draw_counterfactual_pairs(n_pairs, seed=0):
 def draw_concept_images(concept, n_images, seed=0):
     """Draw full-frame images of one concept, with the textures and colours that the scenes use.
 
-    concept: one of CONCEPTS ("striped", ..., "red", ..., "random") or of COLOURED_TEXTURES ("red striped", ...).
+    concept: one of CONCEPTS ("striped", ..., "red", ..., "random") or of COLOURED_TEXTURES ("red striped",
+    ...).
         "random" is a patch of background with a blob of any texture or none, for random-against-random CAVs.
     n_images: how many, at least 1.
     Returns (n_images, 64, 64, 3) uint8. Raises ValueError for an unknown concept or a bad count.
@@ -126,12 +146,22 @@ def draw_concept_images(concept, n_images, seed=0):
 
 
 def as_dataset(scenes):
-    """Wrap Scenes as a datasets.Dataset with the columns image, label (ClassLabel), object_mask and concept_mask."""
+    """Wrap Scenes as a datasets.Dataset with the columns image, label (ClassLabel), object_mask and
+    concept_mask.
+    """
     mask = datasets.Array2D((SIZE, SIZE), "bool")
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(CLASSES)),
-                                 object_mask=mask, concept_mask=mask)
-    columns = dict(image=[{"bytes": _bitmap(image), "path": None} for image in scenes.images], label=scenes.labels,
-                   object_mask=scenes.object_masks, concept_mask=scenes.concept_masks)
+    features = datasets.Features(
+        image=datasets.Image(),
+        label=datasets.ClassLabel(names=list(CLASSES)),
+        object_mask=mask,
+        concept_mask=mask,
+    )
+    columns = dict(
+        image=[{"bytes": _bitmap(image), "path": None} for image in scenes.images],
+        label=scenes.labels,
+        object_mask=scenes.object_masks,
+        concept_mask=scenes.concept_masks,
+    )
     return datasets.Dataset.from_dict(columns, features=features)
 
 
@@ -139,7 +169,9 @@ def as_dataset(scenes):
 
 
 def _paint_scenes(rng, labels, decoys):
-    """Images (k, 64, 64, 3) uint8, object masks and concept masks (k, 64, 64) for the first k scenes of a block."""
+    """Images (k, 64, 64, 3) uint8, object masks and concept masks (k, 64, 64) for the first k scenes of a
+    block.
+    """
     k = len(labels)
     shapes, has_concept = labels // 2, labels % 2 == 0
     body, coat, detail = _place_silhouettes(shapes, *_draw_pose(rng)[:, :k])
@@ -159,7 +191,9 @@ def _paint_scenes(rng, labels, decoys):
 
 
 def _paint_concept(rng, kind, colour=None):
-    """Full-frame images (block, 3, 64, 64) in [0, 1] of a colour, or of a texture on a colour if one is named."""
+    """Full-frame images (block, 3, 64, 64) in [0, 1] of a colour, or of a texture on a colour if one is
+    named.
+    """
     if kind in HUES:
         return np.broadcast_to(_draw_vivid(rng, *HUES[kind]), (BLOCK, 3, SIZE, SIZE))
     ground, figure = _draw_contrast(rng)
@@ -173,11 +207,14 @@ def _paint_concept(rng, kind, colour=None):
 
 
 def _draw_textures(rng, kinds):
-    """How far each pixel belongs to the figure of a texture, given as k indices into TEXTURES: (k, 64, 64) in [0, 1].
+    """How far each pixel belongs to the figure of a texture, given as k indices into TEXTURES: (k, 64, 64) in
+    [0, 1].
 
     Period (5 to 9 pixels), angle and phase are drawn an image. PLAIN is 0 everywhere.
     """
-    period, angle = rng.uniform((5, 0), (9, np.pi), (BLOCK, 2)).astype(np.float32)[: len(kinds)].T[..., None, None]
+    period, angle = (
+        rng.uniform((5, 0), (9, np.pi), (BLOCK, 2)).astype(np.float32)[: len(kinds)].T[..., None, None]
+    )
     phase = rng.random((BLOCK, 2), np.float32)[: len(kinds)].T[..., None, None]
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
     u = (np.cos(angle) * x + np.sin(angle) * y) / period + phase[0]
@@ -207,7 +244,9 @@ def _dots(u, v):
 
 def _draw_background(rng):
     """1/f noise between two dull colours of middling brightness: (block, 3, 64, 64) in [0, 1]."""
-    near, far = (_hsv(rng.random(BLOCK), rng.uniform(0, 0.5, BLOCK), rng.uniform(0.35, 0.75, BLOCK)) for _ in range(2))
+    near, far = (
+        _hsv(rng.random(BLOCK), rng.uniform(0, 0.5, BLOCK), rng.uniform(0.35, 0.75, BLOCK)) for _ in range(2)
+    )
     return _blend(near, far, np.clip(0.5 + 0.25 * _noise(rng), 0, 1))
 
 
@@ -222,7 +261,9 @@ def _noise(rng):
 
 
 def _draw_pose(rng):
-    """Size (pixels a unit), angle, shear, stretch, facing (+1 or -1), centre x and y (pixels): (7, block, 1, 1)."""
+    """Size (pixels a unit), angle, shear, stretch, facing (+1 or -1), centre x and y (pixels): (7, block, 1,
+    1).
+    """
     size = rng.uniform(22, 29, BLOCK)
     angle, shear = rng.uniform(-0.2, 0.2, BLOCK), rng.uniform(-0.12, 0.12, BLOCK)
     stretch, facing = rng.uniform(0.92, 1.08, BLOCK), rng.choice([-1, 1], BLOCK)
@@ -231,25 +272,33 @@ def _draw_pose(rng):
 
 
 def _place_silhouettes(shapes, size, angle, shear, stretch, facing, centre_x, centre_y):
-    """Cover (0 to 1) of every pixel by body, coat and detail of each posed silhouette: three arrays (k, 64, 64)."""
+    """Cover (0 to 1) of every pixel by body, coat and detail of each posed silhouette: three arrays (k, 64,
+    64).
+    """
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
     x, y = (x - centre_x) / size, (y - centre_y) / size
     down = (np.cos(angle) * y - np.sin(angle) * x) * stretch
     right = (np.cos(angle) * x + np.sin(angle) * y) * facing / stretch + shear * down
     tables = _distance_tables()
     half = tables.shape[1] // 2
-    row, column = (np.clip(half + half / 1.5 * axis, 0, 2 * half - 1).astype(np.int32) for axis in (down, right))
+    row, column = (
+        np.clip(half + half / 1.5 * axis, 0, 2 * half - 1).astype(np.int32) for axis in (down, right)
+    )
     body, coat, detail = np.moveaxis(tables[shapes[:, None, None], row, column] * size[..., None], -1, 0)
     return np.clip(0.5 - body, 0, 1), np.clip(1 - coat, 0, 1), np.clip(1 - detail, 0, 1)
 
 
 @functools.cache
 def _distance_tables(resolution=384):
-    """Signed distance (units, negative inside) to each shape's body, coat and detail on [-1.5, 1.5]^2: (3, r, r, 3)."""
+    """Signed distance (units, negative inside) to each shape's body, coat and detail on [-1.5, 1.5]^2: (3, r,
+    r, 3).
+    """
     y, x = (np.mgrid[:resolution, :resolution] + 0.5) / resolution * 3 - 1.5
     tables = []
     for parts in SILHOUETTES.values():
-        coat, base, detail = (np.min([_distance(part, x, y) for part in layer], axis=0) for layer in parts.values())
+        coat, base, detail = (
+            np.min([_distance(part, x, y) for part in layer], axis=0) for layer in parts.values()
+        )
         tables.append(np.stack([np.minimum(np.minimum(coat, base), detail), coat, detail], axis=-1))
     return np.stack(tables).astype(np.float32)
 
@@ -263,7 +312,9 @@ def _distance(part, x, y):
     for (x0, y0, r0), (x1, y1, r1) in zip(part, part[1:] or part):
         length = (x1 - x0) ** 2 + (y1 - y0) ** 2
         t = np.clip(((x - x0) * (x1 - x0) + (y - y0) * (y1 - y0)) / max(length, 1e-9), 0, 1)
-        nearest = np.minimum(nearest, np.hypot(x - x0 - t * (x1 - x0), y - y0 - t * (y1 - y0)) - r0 - t * (r1 - r0))
+        nearest = np.minimum(
+            nearest, np.hypot(x - x0 - t * (x1 - x0), y - y0 - t * (y1 - y0)) - r0 - t * (r1 - r0)
+        )
     return nearest
 
 
@@ -323,7 +374,9 @@ def _check_count(count):
 def _label_indices(labels, n_images):
     """Class indices (n_images,) of class names or indices."""
     indices = range(len(CLASSES))
-    labels = [label if label in indices else CLASSES.index(_known(label, CLASSES, "class")) for label in labels]
+    labels = [
+        label if label in indices else CLASSES.index(_known(label, CLASSES, "class")) for label in labels
+    ]
     if len(labels) != n_images:
         raise ValueError(f"{len(labels)} labels were given for {n_images} images")
     return np.array(labels, np.int64)

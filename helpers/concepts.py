@@ -1,4 +1,5 @@
-"""Concepts inside a transformer: activations and gradients of every block, concept activation vectors (CAVs), TTCAV.
+"""Concepts inside a transformer: activations and gradients of every block, concept activation vectors (CAVs),
+TTCAV.
 
 Source: Kim et al. (2018), TCAV; Eggen, Lysnæs-Larsen and Strümke (2025), section 4, for tokens and attention.
 What needs no model, such as the parallel fit and the tests, is in `helpers.concept_statistics`.
@@ -29,7 +30,13 @@ from helpers.runtime import in_batches
 
 CACHE = PROJECT_ROOT / "data" / "cache" / "activations"
 HEADER = 1024  # bytes before the rows of a cache file: a safetensors header, filled up with spaces
-DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError)  # what reading a broken safetensors file raises
+DAMAGE = (
+    SafetensorError,
+    OSError,
+    KeyError,
+    TypeError,
+    ValueError,
+)  # what reading a broken safetensors file raises
 
 
 # Activations and gradients.
@@ -38,8 +45,8 @@ DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError)  # what rea
 def token_activations(model, inputs) -> dict[int, torch.Tensor]:
     """Return {layer: (batch, tokens, hidden)}, the outputs of every block, before the final layer norm.
 
-    `inputs` is a dict with pixel_values, or with input_ids and attention_mask. Raises ValueError for a model whose
-    blocks cannot be found, or that changes the number of tokens on the way.
+    `inputs` is a dict with pixel_values, or with input_ids and attention_mask. Raises ValueError for a model
+    whose blocks cannot be found, or that changes the number of tokens on the way.
     """
     with torch.no_grad(), _block_outputs(model) as outputs:
         model(**inputs)
@@ -47,12 +54,13 @@ def token_activations(model, inputs) -> dict[int, torch.Tensor]:
 
 
 def token_gradients(model, inputs, target=None) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
-    """Return ({layer: (batch, tokens, hidden)}, {layer: (batch, tokens)}): ∂y/∂f_l, and the cls attention of layer l.
+    """Return ({layer: (batch, tokens, hidden)}, {layer: (batch, tokens)}): ∂y/∂f_l, and the cls attention of
+    layer l.
 
-    y is the logit of `target`: a class number, a label (see `find_target`), a (batch,) tensor, or None for the
-    predicted class. The cls attention is the mean over heads of the cls row of A[l]. One forward and one backward pass;
-    padding has no gradient and no attention. Raises ValueError for an unknown target, a model without eager attention,
-    or gradients that are not finite.
+    y is the logit of `target`: a class number, a label (see `find_target`), a (batch,) tensor, or None for
+    the predicted class. The cls attention is the mean over heads of the cls row of A[l]. One forward and one
+    backward pass; padding has no gradient and no attention. Raises ValueError for an unknown target, a model
+    without eager attention, or gradients that are not finite.
     """
     check_eager(model)
     target = find_target(model, target) if isinstance(target, str) else target
@@ -62,16 +70,23 @@ def token_gradients(model, inputs, target=None) -> tuple[dict[int, torch.Tensor]
         explained = result.logits.gather(1, chosen[:, None]).sum()
         gradients = torch.autograd.grad(explained * GRADIENT_SCALE, _checked(model, outputs))
     if len(maps) != len(gradients) or any(layer is None or layer.ndim != 4 for layer in maps):
-        raise ValueError(f"{type(model).__name__} returned {len(maps)} attention maps for {len(gradients)} blocks")
+        raise ValueError(
+            f"{type(model).__name__} returned {len(maps)} attention maps for {len(gradients)} blocks"
+        )
     if not all(torch.isfinite(gradient).all() for gradient in gradients):
-        raise ValueError("the gradients hold NaN or infinity; check the model's weights, or run it in another precision")
+        raise ValueError(
+            "the gradients hold NaN or infinity; check the model's weights, or run it in another precision"
+        )
     gradients = (gradient / GRADIENT_SCALE for gradient in gradients)
     rows = (weights[:, :, 0].detach() for weights in maps)
-    return dict(enumerate(gradients)), {i: row.mean(1, dtype=full_precision(row.dtype)) for i, row in enumerate(rows)}
+    return dict(enumerate(gradients)), {
+        i: row.mean(1, dtype=full_precision(row.dtype)) for i, row in enumerate(rows)
+    }
 
 
 def find_target(model, label: str) -> int:
-    """Return the number of the class with this label, in full or one of its synonyms between commas, in any case.
+    """Return the number of the class with this label, in full or one of its synonyms between commas, in any
+    case.
 
     Raises ValueError for a label that fits none or several, and names the nearest.
     """
@@ -95,7 +110,8 @@ def find_target(model, label: str) -> int:
 def _block_outputs(model, differentiable: bool = False):
     """Yield a list that the enclosed forward pass fills with the output of every block.
 
-    With `differentiable`, autograd starts at the first block's output, so that frozen weights cost no gradient.
+    With `differentiable`, autograd starts at the first block's output, so that frozen weights cost no
+    gradient.
     """
     outputs = []
 
@@ -126,16 +142,21 @@ def _checked(model, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def collect_activations(
-    model, inputs, layers: Sequence[int] | None = None, batch_size: int = 32, cache_dir: str | Path = CACHE,
+    model,
+    inputs,
+    layers: Sequence[int] | None = None,
+    batch_size: int = 32,
+    cache_dir: str | Path = CACHE,
     progress: bool = False,
-) -> Activations:  # fmt: skip
-    """Encode many inputs once and return the activations of `layers` (all by default), one cache file a layer.
+) -> Activations:
+    """Encode many inputs once and return the activations of `layers` (all by default), one cache file a
+    layer.
 
     inputs  as for `token_activations`, with any number of rows; batches of `batch_size` go through the model
 
-    Files are keyed by the content of the model and of the inputs, and by the precision; they are written while the
-    batches run, and moved into place when complete. A damaged one is rebuilt, with a warning. Raises ValueError for
-    layers that the model does not have.
+    Files are keyed by the content of the model and of the inputs, and by the precision; they are written
+    while the batches run, and moved into place when complete. A damaged one is rebuilt, with a warning.
+    Raises ValueError for layers that the model does not have.
     """
     n_layers = len(transformer_blocks(model))
     layers = list(range(n_layers) if layers is None else layers)
@@ -158,7 +179,9 @@ def collect_activations(
 
 
 def model_key(model) -> str:
-    """Return 16 hexadecimal digits that stand for the model's weights and the settings that steer what they compute."""
+    """Return 16 hexadecimal digits that stand for the model's weights and the settings that steer what they
+    compute.
+    """
     settings = model.config.to_diff_dict()
     for name in ("transformers_version", "_name_or_path", "dtype", "id2label", "label2id", "architectures"):
         settings.pop(name, None)
@@ -195,12 +218,16 @@ def _places(inputs) -> range:
 
 
 def _encode(model, inputs, paths: dict[int, Path], batch_size: int, progress: bool) -> None:
-    """Write one safetensors file a layer, batch by batch: the float32 tensor "rows" (rows, hidden) and its checksum."""
+    """Write one safetensors file a layer, batch by batch: the float32 tensor "rows" (rows, hidden) and its
+    checksum.
+    """
     folder = next(iter(paths.values())).parent
     folder.mkdir(parents=True, exist_ok=True)
     checksums, n_rows = dict.fromkeys(paths, 0), 0
     with tempfile.TemporaryDirectory(dir=folder) as scratch, ExitStack() as stack:
-        files = {layer: stack.enter_context(open(Path(scratch, path.name), "wb")) for layer, path in paths.items()}
+        files = {
+            layer: stack.enter_context(open(Path(scratch, path.name), "wb")) for layer, path in paths.items()
+        }
         for file in files.values():
             file.seek(HEADER)
 
@@ -209,7 +236,10 @@ def _encode(model, inputs, paths: dict[int, Path], batch_size: int, progress: bo
             batch = _rows(model, inputs, places)
             activations = token_activations(model, batch)
             real = batch["attention_mask"].bool() if "attention_mask" in batch else ...
-            return {layer: activations[layer][real].flatten(0, -2).float().cpu().contiguous().numpy() for layer in paths}
+            return {
+                layer: activations[layer][real].flatten(0, -2).float().cpu().contiguous().numpy()
+                for layer in paths
+            }
 
         for _, layers in in_batches(encode, _places(inputs), batch_size, desc="encode" if progress else None):
             for layer, file in files.items():
@@ -217,7 +247,11 @@ def _encode(model, inputs, paths: dict[int, Path], batch_size: int, progress: bo
                 checksums[layer] = zlib.crc32(rows, checksums[layer])
                 file.write(rows)
             n_rows += len(rows)
-        tensor = {"dtype": "F32", "shape": [n_rows, rows.shape[1]], "data_offsets": [0, 4 * n_rows * rows.shape[1]]}
+        tensor = {
+            "dtype": "F32",
+            "shape": [n_rows, rows.shape[1]],
+            "data_offsets": [0, 4 * n_rows * rows.shape[1]],
+        }
         for layer, file in files.items():
             header = json.dumps({"__metadata__": {"crc32": str(checksums[layer])}, "rows": tensor}).encode()
             file.seek(0)
@@ -238,7 +272,9 @@ def _open_rows(path: Path) -> np.ndarray | None:
             return rows
     except DAMAGE:
         pass
-    warnings.warn(f"the cached activations {path.parent.name}/{path.name} are damaged and are rebuilt", stacklevel=4)
+    warnings.warn(
+        f"the cached activations {path.parent.name}/{path.name} are damaged and are rebuilt", stacklevel=4
+    )
     return None
 
 
@@ -246,10 +282,11 @@ def _open_rows(path: Path) -> np.ndarray | None:
 
 
 def fit_cav(positive, negative, seed: int = 0, kind: str = "logistic") -> torch.Tensor:
-    """Return the CAV (hidden,): the unit vector that points from `negative` to `positive` rows, each (rows, hidden).
+    """Return the CAV (hidden,): the unit vector that points from `negative` to `positive` rows, each (rows,
+    hidden).
 
-    `kind` is one of "logistic" (the paper's), "pattern", "fisher" and "mean_difference"; see `fit_direction`, also for
-    the errors. Tensors or arrays go in, a tensor on the CPU comes out.
+    `kind` is one of "logistic" (the paper's), "pattern", "fisher" and "mean_difference"; see `fit_direction`,
+    also for the errors. Tensors or arrays go in, a tensor on the CPU comes out.
     """
     copied = [side if isinstance(side, torch.Tensor) else np.array(side) for side in (positive, negative)]
     rows = [torch.as_tensor(side).detach().cpu() for side in copied]  # a cache file's rows are read-only
@@ -262,10 +299,15 @@ def save_cavs(cavs: Cavs, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
-        "model_id": cavs.model_id, "model_key": cavs.model_key, "n_layers": str(cavs.n_layers), "kind": cavs.kind,
-        "layers": json.dumps(cavs.layers), "concepts": json.dumps(cavs.concepts),
-        "draws": str(cavs.vectors.shape[2]), "hidden": str(cavs.vectors.shape[3]),
-    }  # fmt: skip
+        "model_id": cavs.model_id,
+        "model_key": cavs.model_key,
+        "n_layers": str(cavs.n_layers),
+        "kind": cavs.kind,
+        "layers": json.dumps(cavs.layers),
+        "concepts": json.dumps(cavs.concepts),
+        "draws": str(cavs.vectors.shape[2]),
+        "hidden": str(cavs.vectors.shape[3]),
+    }
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         save_file({"vectors": np.ascontiguousarray(cavs.vectors)}, Path(scratch, path.name), metadata)
         os.replace(Path(scratch, path.name), path)
@@ -274,7 +316,8 @@ def save_cavs(cavs: Cavs, path: str | Path) -> None:
 def load_cavs(path: str | Path, model) -> Cavs:
     """Read CAVs that `save_cavs` wrote for this very model.
 
-    Raises FileNotFoundError without the file, ValueError for a damaged one or CAVs of another model or layer count.
+    Raises FileNotFoundError without the file, ValueError for a damaged one or CAVs of another model or layer
+    count.
     """
     path = Path(path)
     if not path.exists():
@@ -284,10 +327,18 @@ def load_cavs(path: str | Path, model) -> Cavs:
             vectors, saved = file.get_tensor("vectors"), file.metadata()
         layers, concepts = (tuple(json.loads(saved[name])) for name in ("layers", "concepts"))
         cavs = Cavs(
-            vectors, layers, concepts, saved["kind"], saved["model_id"], saved["model_key"], int(saved["n_layers"])
+            vectors,
+            layers,
+            concepts,
+            saved["kind"],
+            saved["model_id"],
+            saved["model_key"],
+            int(saved["n_layers"]),
         )
     except DAMAGE as error:
-        raise ValueError(f"{path.name} is damaged or holds no CAVs; run 03_concept_training again ({error})") from error
+        raise ValueError(
+            f"{path.name} is damaged or holds no CAVs; run 03_concept_training again ({error})"
+        ) from error
     n_layers, hidden = len(transformer_blocks(model)), model.config.hidden_size
     ours, theirs = f"this model, {model_name(model)!r},", f"{path.name} holds CAVs of {cavs.model_id!r}"
     if (cavs.n_layers, vectors.shape[-1]) != (n_layers, hidden):
@@ -310,7 +361,8 @@ def attention_weighted_derivatives(gradients, cls_attention, cavs) -> torch.Tens
     cls_attention  (batch, tokens) a, of the same layer
     cavs           (n_cavs, hidden)
 
-    Where s is zero, so is d. s is divided by its largest entry first, so that norms of tiny gradients do not vanish.
+    Where s is zero, so is d. s is divided by its largest entry first, so that norms of tiny gradients do not
+    vanish.
     """
     s = plain_derivatives(gradients, cavs)
     s = s / _nonzero(s.abs().amax(1, keepdim=True))
@@ -330,9 +382,11 @@ def cls_derivatives(gradients, cavs) -> torch.Tensor:
 
 
 def ttcav_scores(derivatives) -> torch.Tensor:
-    """Return (n_cavs,) the share of images whose mean over tokens of derivatives (batch, tokens, n_cavs) is positive.
+    """Return (n_cavs,) the share of images whose mean over tokens of derivatives (batch, tokens, n_cavs) is
+    positive.
 
-    Padding adds zeros, which change no sign. A mean of exactly zero is not positive. Raises ValueError without images.
+    Padding adds zeros, which change no sign. A mean of exactly zero is not positive. Raises ValueError
+    without images.
     """
     if not len(derivatives):
         raise ValueError("there is no image to score")
@@ -348,7 +402,8 @@ def image_scores(
     target  as in `token_gradients`, one for all
     cavs    {name: CAVs}, so that several kinds and the random ones share one forward and one backward pass
 
-    Weightings are attention, plain and cls. TTCAV scores are `(scores > 0).mean(-2)`, (layers, concepts, draws).
+    Weightings are attention, plain and cls. TTCAV scores are `(scores > 0).mean(-2)`, (layers, concepts,
+    draws).
     """
     target = find_target(model, target) if isinstance(target, str) else target
     collected = {name: {"attention": [], "plain": [], "cls": []} for name in cavs}
@@ -360,9 +415,13 @@ def image_scores(
         n_tokens = batch["attention_mask"].sum(-1) if "attention_mask" in batch else gradients[0].shape[1]
         for name, weightings in collected.items():
             group = cavs[name]
-            draws = [(gradients[layer], attention[layer], group.vectors[i]) for i, layer in enumerate(group.layers)]
+            draws = [
+                (gradients[layer], attention[layer], group.vectors[i]) for i, layer in enumerate(group.layers)
+            ]
             for weighting in weightings:
-                found[name, weighting] = np.stack([_image_means(weighting, *layer, n_tokens) for layer in draws])
+                found[name, weighting] = np.stack(
+                    [_image_means(weighting, *layer, n_tokens) for layer in draws]
+                )
         return found
 
     for _, found in in_batches(score, _places(inputs), batch_size, desc="images" if progress else None):
@@ -375,7 +434,9 @@ def image_scores(
 
 
 def _image_means(weighting: str, gradients, cls_attention, vectors, n_tokens) -> np.ndarray:
-    """Return (concepts, images, draws) from vectors (concepts, draws, hidden): sums over tokens, by n_tokens."""
+    """Return (concepts, images, draws) from vectors (concepts, draws, hidden): sums over tokens, by
+    n_tokens.
+    """
     cavs = vectors.reshape(-1, vectors.shape[-1])
     if weighting == "attention":
         derivatives = attention_weighted_derivatives(gradients, cls_attention, cavs)
@@ -399,16 +460,20 @@ def load_image_folder(
 
     max_images  keep the first so many readable ones of each folder; None keeps all
 
-    Files that are no readable image are skipped, with a warning that counts and names them. Raises FileNotFoundError
-    without the folder, ValueError without folders in it, where a folder keeps fewer than `min_images` images, or where
-    fewer are asked for.
+    Files that are no readable image are skipped, with a warning that counts and names them. Raises
+    FileNotFoundError without the folder, ValueError without folders in it, where a folder keeps fewer than
+    `min_images` images, or where fewer are asked for.
     """
     if max_images is not None and max_images < min_images:
-        raise ValueError(f"at least {min_images} images of each folder are needed, more than the {max_images} asked for")
+        raise ValueError(
+            f"at least {min_images} images of each folder are needed, more than the {max_images} asked for"
+        )
     path = project_path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"folder {str(path)!r} does not exist; it should hold images as <name>/*.jpg")
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    folders = sorted(
+        folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")
+    )
     if not folders:
         raise ValueError(f"folder {path.name!r} holds no folders; arrange images as {path.name}/<name>/*.jpg")
     return {folder.name: _read_images(folder, min_images, max_images) for folder in folders}
@@ -416,14 +481,18 @@ def load_image_folder(
 
 def _read_images(folder: Path, min_images: int, max_images: int | None) -> list[Image.Image]:
     images, unreadable = [], []
-    for file in sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")):
+    for file in sorted(
+        file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")
+    ):
         if max_images is not None and len(images) >= max_images:
             break
         try:
             images.append(read_image(file))
         except ValueError:
             unreadable.append(file.name)
-    skipped = f"{len(unreadable)} unreadable files ({', '.join(unreadable[:5])}{', ...' if unreadable[5:] else ''})"
+    skipped = (
+        f"{len(unreadable)} unreadable files ({', '.join(unreadable[:5])}{', ...' if unreadable[5:] else ''})"
+    )
     if len(images) < min_images:
         raise ValueError(
             f"folder {folder.name!r} has {len(images)} images{f' beside {skipped}' if unreadable else ''}; "

@@ -1,4 +1,6 @@
-"""Sentences with labels: human-rated ones that install from PyPI, and the paper's sets by hub name or local folder."""
+"""Sentences with labels: human-rated ones that install from PyPI, and the paper's sets by hub name or local
+folder.
+"""
 
 import hashlib
 import io
@@ -33,19 +35,20 @@ SENTENCE_SETS = (*VADER_MEMBERS, "movies_short", *HUB_SETS, "sst2_short")
 
 
 def load_sentences(name: str, split: str = "test", n_samples: int | None = None, seed: int = 0) -> Dataset:
-    """Return a set of labelled sentences with the columns text, label (ClassLabel) and rating (NaN if there is none).
+    """Return a set of labelled sentences with the columns text, label (ClassLabel) and rating (NaN if there
+    is none).
 
-    `name` is one of SENTENCE_SETS, any hub id, or a local folder: one written by `Dataset.save_to_disk`, or parquet, CSV
-    or JSON files. Such a set needs the columns `text` (or `sentence`) and `label`. The suffix `_short` keeps texts of at
-    most 15 word pieces. `split` is "train" or "test". `n_samples` rows are drawn without replacement with `seed`;
-    None, or more than there are, keeps all rows.
+    `name` is one of SENTENCE_SETS, any hub id, or a local folder: one written by `Dataset.save_to_disk`, or
+    parquet, CSV or JSON files. Such a set needs the columns `text` (or `sentence`) and `label`. The suffix
+    `_short` keeps texts of at most 15 word pieces. `split` is "train" or "test". `n_samples` rows are drawn
+    without replacement with `seed`; None, or more than there are, keeps all rows.
 
-    movies, amazon, nyt and tweets are the ground truth of VADER (Hutto and Gilbert, 2014), rated by people from -4 to 4;
-    the label is the sign of the mean rating, ratings within ±0.5 are left out. One document in five is held out as
-    "test"; no test text, and no other sentence of its document, is in "train".
+    movies, amazon, nyt and tweets are the ground truth of VADER (Hutto and Gilbert, 2014), rated by people
+    from -4 to 4; the label is the sign of the mean rating, ratings within ±0.5 are left out. One document in
+    five is held out as "test"; no test text, and no other sentence of its document, is in "train".
 
-    Raises ValueError for an unknown name or split, or a set without these columns or that split with labels, and ConnectionError where a hub set
-    cannot be reached.
+    Raises ValueError for an unknown name or split, or a set without these columns or that split with labels,
+    and ConnectionError where a hub set cannot be reached.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split {split!r} is unknown; use 'train' or 'test'")
@@ -65,8 +68,8 @@ def load_sentences(name: str, split: str = "test", n_samples: int | None = None,
 def fetch_vader() -> dict[str, Path]:
     """Fetch VADER's rated sentences once and return the cached file of each domain.
 
-    pip downloads the source archive with its SHA-256 required; only the four ground-truth members are extracted.
-    Raises ConnectionError where pip cannot get the archive, ValueError where its hash differs.
+    pip downloads the source archive with its SHA-256 required; only the four ground-truth members are
+    extracted. Raises ConnectionError where pip cannot get the archive, ValueError where its hash differs.
     """
     paths = {domain: CACHE / f"{stem}_GroundTruth.txt" for domain, stem in VADER_MEMBERS.items()}
     if all(path.exists() for path in paths.values()):
@@ -74,25 +77,46 @@ def fetch_vader() -> dict[str, Path]:
     with tempfile.TemporaryDirectory() as folder:
         requirement = Path(folder, "requirement.txt")
         requirement.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{VADER_SHA256}\n", encoding="utf8")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--dest", folder]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--require-hashes",
+            "--dest",
+            folder,
+        ]
         command += ["--no-binary", "vaderSentiment", "--requirement", str(requirement)]
         result = subprocess.run(command, capture_output=True, text=True)
         archive = Path(folder, VADER_ARCHIVE)
         if "DO NOT MATCH THE HASHES" in result.stderr:
-            raise ValueError(f"the hash of {VADER_ARCHIVE} differs from the expected {VADER_SHA256}:\n{result.stderr}")
+            raise ValueError(
+                f"the hash of {VADER_ARCHIVE} differs from the expected {VADER_SHA256}:\n{result.stderr}"
+            )
         if result.returncode or not archive.exists():
-            raise ConnectionError(f"pip could not fetch vaderSentiment 3.3.2; it needs a package index:\n{result.stderr}")
+            raise ConnectionError(
+                f"pip could not fetch vaderSentiment 3.3.2; it needs a package index:\n{result.stderr}"
+            )
         extract_vader(archive, paths)
     return paths
 
 
 def extract_vader(archive: Path, paths: dict[str, Path]) -> None:
-    """Check the SHA-256 of the VADER source archive and copy its ground-truth members to `paths`, whole or not at all."""
+    """Check the SHA-256 of the VADER source archive and copy its ground-truth members to `paths`, whole or
+    not at all.
+    """
     content = archive.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != VADER_SHA256:
-        raise ValueError(f"{archive.name} has SHA-256 {found}, expected {VADER_SHA256}; delete it and fetch it anew")
-    with tarfile.open(fileobj=io.BytesIO(content)) as outer, tarfile.open(fileobj=outer.extractfile(VADER_RESOURCES)) as inner:
+        raise ValueError(
+            f"{archive.name} has SHA-256 {found}, expected {VADER_SHA256}; delete it and fetch it anew"
+        )
+    with (
+        tarfile.open(fileobj=io.BytesIO(content)) as outer,
+        tarfile.open(fileobj=outer.extractfile(VADER_RESOURCES)) as inner,
+    ):
         for domain, path in paths.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
@@ -115,7 +139,9 @@ def _in_test(key: str) -> bool:
 
 @cache
 def _vader_splits(domain: str) -> DatasetDict:
-    """Read one domain and split it by document; a text that stands in any test split is dropped from train."""
+    """Read one domain and split it by document; a text that stands in any test split is dropped from
+    train.
+    """
     frames = {}
     for name, path in fetch_vader().items():
         rows = [line.split("\t", 2) for line in path.read_text(encoding="utf8").splitlines() if line.strip()]
@@ -129,11 +155,14 @@ def _vader_splits(domain: str) -> DatasetDict:
     held_out = {text.casefold() for frame in frames.values() for text in frame.loc[frame["test"], "text"]}
     frame = frames[domain]
     train = frame[~frame["text"].str.casefold().isin(held_out)]
-    features = Features(text=Value("string"), label=ClassLabel(names=["negative", "positive"]), rating=Value("float64"))
+    features = Features(
+        text=Value("string"), label=ClassLabel(names=["negative", "positive"]), rating=Value("float64")
+    )
     return DatasetDict(
         {
             split: Dataset.from_dict(
-                {"text": part["text"], "label": (part["rating"] > 0).astype(int), "rating": part["rating"]}, features
+                {"text": part["text"], "label": (part["rating"] > 0).astype(int), "rating": part["rating"]},
+                features,
             )
             for split, part in {"train": train, "test": frame[frame["test"]]}.items()
         }
@@ -141,10 +170,14 @@ def _vader_splits(domain: str) -> DatasetDict:
 
 
 def _labelled_split(parts: DatasetDict, split: str, name: str) -> Dataset:
-    """Return the split; for a test split that is not there or hides its labels, all -1, the validation split."""
+    """Return the split; for a test split that is not there or hides its labels, all -1, the validation
+    split.
+    """
     for candidate in ("test", "validation") if split == "test" else (split,):
         rows = parts.get(candidate)
-        if rows is not None and ("label" not in rows.column_names or rows.unique("label") not in ([-1], [None])):
+        if rows is not None and (
+            "label" not in rows.column_names or rows.unique("label") not in ([-1], [None])
+        ):
             return rows
     raise ValueError(f"set {name!r} has no split {split!r} with labels; it has {', '.join(parts)}")
 
@@ -155,7 +188,9 @@ def _load_named_set(name: str, split: str) -> Dataset:
     if not folder and name not in HUB_SETS and "/" not in name:
         near = get_close_matches(name, SENTENCE_SETS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"set {name!r} is unknown; {hint}use one of {', '.join(SENTENCE_SETS)}, a hub id or a folder")
+        raise ValueError(
+            f"set {name!r} is unknown; {hint}use one of {', '.join(SENTENCE_SETS)}, a hub id or a folder"
+        )
     source = str(folder or HUB_SETS.get(name, name))
     try:
         if folder and ((folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists()):

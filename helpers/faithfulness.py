@@ -1,4 +1,5 @@
-"""Does the model's decision hang on the tokens that an explanation ranks first? Erase them, or keep only them.
+"""Does the model's decision hang on the tokens that an explanation ranks first? Erase them, or keep only
+them.
 
 Tokens are those of a text or the patches of an image; both are erased, scored and shared in the same way.
 """
@@ -38,7 +39,8 @@ class ErasureScores:
 
 @dataclass
 class ErasureCurves:
-    """Probability of the explained class as more and more of the ranking is erased, or kept; methods lead as above.
+    """Probability of the explained class as more and more of the ranking is erased, or kept; methods lead as
+    above.
 
     ks                (K,) percent of the players in the rationale
     without           (..., batch, K) probability without the rationale: the deletion curve
@@ -55,7 +57,9 @@ class ErasureCurves:
 
     @property
     def deletion_area(self) -> torch.Tensor:
-        """Area (..., batch) under the deletion curve, between 0 and 1 where ks run from 0 to 100; lower is better."""
+        """Area (..., batch) under the deletion curve, between 0 and 1 where ks run from 0 to 100; lower is
+        better.
+        """
         return torch.trapezoid(self.without, torch.tensor(self.ks, device=self.without.device) / 100)
 
     @property
@@ -64,23 +68,30 @@ class ErasureCurves:
         return torch.trapezoid(self.alone, torch.tensor(self.ks, device=self.alone.device) / 100)
 
     def scores(self, ks: Sequence[float] = KS) -> ErasureScores:
-        """Return comprehensiveness and sufficiency over some of this curve's ks. Raises ValueError for another k."""
+        """Return comprehensiveness and sufficiency over some of this curve's ks. Raises ValueError for
+        another k.
+        """
         if not set(ks) <= set(self.ks):
             raise ValueError(f"the curve was drawn at {self.ks}, not at all of {tuple(ks)}")
         at = [self.ks.index(k) for k in ks]
-        drop = (self.probability[:, None] - torch.stack([self.without, self.alone])[..., at]).sum(-1) / (len(ks) + 1)
+        drop = (self.probability[:, None] - torch.stack([self.without, self.alone])[..., at]).sum(-1) / (
+            len(ks) + 1
+        )
         return ErasureScores(drop[0], drop[1], self.kept_predictions[..., at], self.probability)
 
 
 def rationale(attributions: torch.Tensor, players: torch.Tensor, k: float) -> torch.Tensor:
     """Return bool (..., batch, tokens): the top ⌈k·n/100⌉ of each input's n players.
 
-    Players that tie across the cut are all left out: an explanation that does not rank them does not choose them. So the
-    rationale does not depend on the order of the tokens, and a constant attribution has none below k = 100.
+    Players that tie across the cut are all left out: an explanation that does not rank them does not choose
+    them. So the rationale does not depend on the order of the tokens, and a constant attribution has none
+    below k = 100.
     """
     scores = attributions.masked_fill(~players, -torch.inf)
     n = players.sum(-1)
-    size = torch.ceil((k * n.double() / 100).round(decimals=9)).long()  # 20 % of 5 is 1, not 1.0000000000000002
+    size = torch.ceil(
+        (k * n.double() / 100).round(decimals=9)
+    ).long()  # 20 % of 5 is 1, not 1.0000000000000002
     padded = torch.nn.functional.pad(scores.sort(-1, descending=True).values, (0, 1), value=-torch.inf)
     first_left_out = padded.gather(-1, size.expand(scores.shape[:-1])[..., None])
     tolerance = TIE * attributions.masked_fill(~players, 0).abs().amax(-1, keepdim=True)
@@ -88,27 +99,46 @@ def rationale(attributions: torch.Tensor, players: torch.Tensor, k: float) -> to
 
 
 def erasure_scores(
-    model, inputs, attributions: torch.Tensor, players: torch.Tensor, mask_token_id: int,
-    ks: Sequence[float] = KS, operator: str = "mask", target=None, progress: bool = False,
-) -> ErasureScores:  # fmt: skip
-    """Score attributions by comprehensiveness and sufficiency (DeYoung et al., 2020), with F1's predictions beside them.
+    model,
+    inputs,
+    attributions: torch.Tensor,
+    players: torch.Tensor,
+    mask_token_id: int,
+    ks: Sequence[float] = KS,
+    operator: str = "mask",
+    target=None,
+    progress: bool = False,
+) -> ErasureScores:
+    """Score attributions by comprehensiveness and sufficiency (DeYoung et al., 2020), with F1's predictions
+    beside them.
 
     Arguments and errors as in `erasure_curves`.
     """
-    return erasure_curves(model, inputs, attributions, players, mask_token_id, ks, operator, target, progress).scores(ks)
+    return erasure_curves(
+        model, inputs, attributions, players, mask_token_id, ks, operator, target, progress
+    ).scores(ks)
 
 
 def erasure_curves(
-    model, inputs, attributions: torch.Tensor, players: torch.Tensor, mask_token_id: int | torch.Tensor | None,
-    ks: Sequence[float] = tuple(range(0, 101, 10)), operator: str = "mask", target=None, progress: bool = False,
-) -> ErasureCurves:  # fmt: skip
-    """Erase the rationale, and all but the rationale, at each k: deletion and insertion curves (Petsiuk et al., 2018).
+    model,
+    inputs,
+    attributions: torch.Tensor,
+    players: torch.Tensor,
+    mask_token_id: int | torch.Tensor | None,
+    ks: Sequence[float] = tuple(range(0, 101, 10)),
+    operator: str = "mask",
+    target=None,
+    progress: bool = False,
+) -> ErasureCurves:
+    """Erase the rationale, and all but the rationale, at each k: deletion and insertion curves (Petsiuk et
+    al., 2018).
 
     inputs         what the model takes: input_ids and attention_mask (batch, tokens), or pixel_values
-    attributions   (batch, tokens), or (methods, batch, tokens): then equal erased inputs of all methods are scored once
+    attributions   (batch, tokens), or (methods, batch, tokens): then equal erased inputs of all methods are
+                   scored once
     players        bool (batch, tokens); other tokens are never erased
-    mask_token_id  what an erased token becomes: the id of [MASK]; for patches a colour (channels,) in the units of
-                   pixel_values, None for 0, which is the mean that most processors subtract
+    mask_token_id  what an erased token becomes: the id of [MASK]; for patches a colour (channels,) in the
+                   units of pixel_values, None for 0, which is the mean that most processors subtract
     ks             percents of the players in the rationale, each from 0 to 100
     operator       what erasing does, for text: "mask" by mask_token_id, "delete", "pad" by the padding token,
                    "attention_mask"; for patches: "mask" or "mean" by that colour, "blur", "noise"
@@ -125,9 +155,14 @@ def erasure_curves(
     rows = torch.arange(batch, device=model.device)[:, None].expand(keep.shape[:-1]).reshape(-1)
     whole = torch.ones(batch, n_tokens, dtype=torch.bool, device=model.device)
     probabilities = erased_probabilities(
-        model, inputs, torch.cat([rows[: batch * len(ks) : len(ks)], rows]),
-        torch.cat([whole, keep.reshape(-1, n_tokens)]), mask_token_id, operator, progress,
-    )  # fmt: skip
+        model,
+        inputs,
+        torch.cat([rows[: batch * len(ks) : len(ks)], rows]),
+        torch.cat([whole, keep.reshape(-1, n_tokens)]),
+        mask_token_id,
+        operator,
+        progress,
+    )
     explained = resolve_target(model, probabilities[:batch], target)
     p = probabilities[:batch].gather(1, explained[:, None]).squeeze(1)
     erased = probabilities[batch:].reshape(*keep.shape[:-1], -1)
@@ -137,43 +172,67 @@ def erasure_curves(
 
 
 def erased_probabilities(
-    model, inputs, rows: torch.Tensor, keep: torch.Tensor, mask_token_id: int | torch.Tensor | None,
-    operator: str = "mask", progress: bool = False, batch_tokens: int = 4096,
-) -> torch.Tensor:  # fmt: skip
+    model,
+    inputs,
+    rows: torch.Tensor,
+    keep: torch.Tensor,
+    mask_token_id: int | torch.Tensor | None,
+    operator: str = "mask",
+    progress: bool = False,
+    batch_tokens: int = 4096,
+) -> torch.Tensor:
     """Return class probabilities (count, classes) of partly erased inputs.
 
     rows  (count,) which input each erased copy starts from
-    keep  bool (count, tokens), True for tokens that stay; padding and the tokens before an image's patches always do
+    keep  bool (count, tokens), True for tokens that stay; padding and the tokens before an image's patches
+          always do
 
-    Equal copies run once, sorted by length in batches of about `batch_tokens` tokens, in inference mode and under fused
-    attention. Results do not depend on the order or number of the copies beyond floating-point rounding.
+    Equal copies run once, sorted by length in batches of about `batch_tokens` tokens, in inference mode and
+    under fused attention. Results do not depend on the order or number of the copies beyond floating-point
+    rounding.
     """
     images = "pixel_values" in inputs
     known = ("mask", *PATCH_OPERATORS) if images else OPERATORS
     if operator not in known:
         raise ValueError(f"operator {operator!r} is unknown; use one of {', '.join(known)}")
     real = patch_players(model, inputs) if images else inputs["attention_mask"].bool()
-    keep = keep | ~real[rows]  # what is not erased makes no difference, so copies that differ only there are equal
+    keep = (
+        keep | ~real[rows]
+    )  # what is not erased makes no difference, so copies that differ only there are equal
     packed = np.packbits(keep.cpu().numpy(), axis=1)
     key = np.concatenate([rows.cpu().numpy()[:, None].astype(np.int64).view(np.uint8), packed], axis=1)
     _, first, inverse = np.unique(key, axis=0, return_index=True, return_inverse=True)
     lengths = real.sum(-1)[rows].cpu().numpy()
-    order = first[np.argsort(-lengths[first], kind="stable")]  # longest first, so the first of a batch bounds it
+    order = first[
+        np.argsort(-lengths[first], kind="stable")
+    ]  # longest first, so the first of a batch bounds it
     position = np.empty(len(key), dtype=np.int64)
     position[order] = np.arange(len(order))
 
     def run(part):
         part = torch.as_tensor(part, device=rows.device)
-        return model(**erase(model, inputs, rows[part], keep[part], mask_token_id, operator)).logits.float().softmax(-1)
+        return (
+            model(**erase(model, inputs, rows[part], keep[part], mask_token_id, operator))
+            .logits.float()
+            .softmax(-1)
+        )
 
     with torch.inference_mode(), fast_attention(model):
-        batches = in_batches(run, order, batch_tokens, lambda copy: int(lengths[copy]), "erasing" if progress else None)
+        batches = in_batches(
+            run, order, batch_tokens, lambda copy: int(lengths[copy]), "erasing" if progress else None
+        )
         results = [probabilities for _, probabilities in batches]
-    return torch.cat(results).clone()[torch.as_tensor(position[first[inverse.reshape(-1)]], device=rows.device)]
+    return torch.cat(results).clone()[
+        torch.as_tensor(position[first[inverse.reshape(-1)]], device=rows.device)
+    ]
 
 
-def erase(model, inputs, rows: torch.Tensor, keep: torch.Tensor, mask_token_id, operator: str = "mask") -> dict:
-    """Return the inputs of chosen rows with every token outside `keep` erased, texts cut to the longest of them."""
+def erase(
+    model, inputs, rows: torch.Tensor, keep: torch.Tensor, mask_token_id, operator: str = "mask"
+) -> dict:
+    """Return the inputs of chosen rows with every token outside `keep` erased, texts cut to the longest of
+    them.
+    """
     if "pixel_values" in inputs:
         return erase_patches(model, inputs["pixel_values"][rows], keep, mask_token_id, operator)
     rows = rows.to(inputs["input_ids"].device)
@@ -191,22 +250,32 @@ def erase(model, inputs, rows: torch.Tensor, keep: torch.Tensor, mask_token_id, 
         order = (gone | ~attention.bool()).to(torch.uint8).argsort(dim=-1, stable=True)
         erased = {name: tensor.gather(1, order) for name, tensor in erased.items()}
         left = (~gone & attention.bool()).sum(-1)
-        erased["attention_mask"] = (torch.arange(width, device=left.device) < left[:, None]).to(attention.dtype)
+        erased["attention_mask"] = (torch.arange(width, device=left.device) < left[:, None]).to(
+            attention.dtype
+        )
     return erased
 
 
 def mean_interval(scores, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Return the columns mean, low, high of each column of `scores` (inputs, methods): percentile bootstrap over inputs.
+    """Return the columns mean, low, high of each column of `scores` (inputs, methods): percentile bootstrap
+    over inputs.
 
-    All methods share the same resamples of the inputs, as a paired comparison wants it. One input alone has no interval: NaN.
+    All methods share the same resamples of the inputs, as a paired comparison wants it. One input alone has
+    no interval: NaN.
     """
     scores = pd.DataFrame(scores)
     if len(scores) < 2:
         return pd.DataFrame({"mean": scores.mean(), "low": np.nan, "high": np.nan})
     result = scipy.stats.bootstrap(
-        (scores.to_numpy(),), np.mean, axis=0, confidence_level=confidence, n_resamples=n_resamples,
-        method="percentile", rng=np.random.default_rng(seed), batch=100,
-    )  # fmt: skip
+        (scores.to_numpy(),),
+        np.mean,
+        axis=0,
+        confidence_level=confidence,
+        n_resamples=n_resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+        batch=100,
+    )
     low, high = result.confidence_interval
     return pd.DataFrame({"mean": scores.mean(), "low": low, "high": high}, index=scores.columns)
 
@@ -215,7 +284,9 @@ def _check_erasure(attributions: torch.Tensor, players: torch.Tensor, ks: Sequen
     if not len(ks) or any(not 0 <= k <= 100 for k in ks):
         raise ValueError(f"ks are percents of the players, each from 0 to 100, not {tuple(ks)}")
     if attributions.shape[-2:] != players.shape or attributions.ndim > 3:
-        raise ValueError(f"attributions {tuple(attributions.shape)} do not fit players {tuple(players.shape)}")
+        raise ValueError(
+            f"attributions {tuple(attributions.shape)} do not fit players {tuple(players.shape)}"
+        )
     if not torch.isfinite(attributions.masked_fill(~players, 0)).all():
         raise ValueError("the attributions hold NaN or infinity at a player")
     if not players.any(-1).all():

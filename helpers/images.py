@@ -1,4 +1,6 @@
-"""Images in, patches out: read a folder, encode for a ViT, erase patches, and bring pixels to patches and back."""
+"""Images in, patches out: read a folder, encode for a ViT, erase patches, and bring pixels to patches and
+back.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +16,13 @@ PATCH_OPERATORS = ("mean", "blur", "noise")
 
 
 def load_images(folder: str | Path, n_images: int | None = None, seed: int = 0) -> dict[str, Image.Image]:
-    """Read the images of a folder and its subfolders, {path below the folder: RGB image}, in order of their paths.
+    """Read the images of a folder and its subfolders, {path below the folder: RGB image}, in order of their
+    paths.
 
-    `n_images` files are drawn with `seed`; None, or more than there are, keeps all. Hidden files are passed over.
-    Greyscale, palette and transparent images become RGB (transparency on white), upright as their camera says.
-    Raises FileNotFoundError for no such folder, ValueError for an empty one or a file that is no whole 8-bit image.
+    `n_images` files are drawn with `seed`; None, or more than there are, keeps all. Hidden files are passed
+    over. Greyscale, palette and transparent images become RGB (transparency on white), upright as their
+    camera says. Raises FileNotFoundError for no such folder, ValueError for an empty one or a file that is no
+    whole 8-bit image.
     """
     folder = project_path(folder)
     if not folder.is_dir():
@@ -28,12 +32,16 @@ def load_images(folder: str | Path, n_images: int | None = None, seed: int = 0) 
     if not names:
         raise ValueError(f"image folder {str(folder)!r} holds no files; put JPEG or PNG images there")
     if n_images is not None and n_images < len(names):
-        names = [names[i] for i in sorted(np.random.default_rng(seed).choice(len(names), n_images, replace=False))]
+        names = [
+            names[i] for i in sorted(np.random.default_rng(seed).choice(len(names), n_images, replace=False))
+        ]
     return {name.as_posix(): read_image(folder / name) for name in names}
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read one image file as RGB, upright, transparency on white. Raises ValueError for anything but a whole 8-bit image."""
+    """Read one image file as RGB, upright, transparency on white. Raises ValueError for anything but a whole
+    8-bit image.
+    """
     try:
         with Image.open(path) as image:
             image.load()
@@ -51,7 +59,8 @@ def read_image(path: Path) -> Image.Image:
 
 
 def encode_images(images: Sequence, processor, model):
-    """Prepare images (PIL, or uint8 arrays of height × width × 3) for `model`: pixel_values (batch, 3, height, width).
+    """Prepare images (PIL, or uint8 arrays of height × width × 3) for `model`: pixel_values (batch, 3,
+    height, width).
 
     Raises ValueError for no images, or where the processor's size does not divide into the model's patches.
     """
@@ -66,27 +75,36 @@ def seen_images(inputs, processor) -> np.ndarray:
     """Return what the model sees, resized and cropped, for drawing: (batch, height, width, 3) in [0, 1]."""
     pixels = inputs["pixel_values"].float().cpu()
     if processor.do_normalize:
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
+        mean, std = (
+            torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std)
+        )
         pixels = pixels * std + mean
     return pixels.clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
-def erase_patches(model, pixels: torch.Tensor, keep: torch.Tensor, colour=None, operator: str = "mean") -> dict:
+def erase_patches(
+    model, pixels: torch.Tensor, keep: torch.Tensor, colour=None, operator: str = "mean"
+) -> dict:
     """Return the inputs of images (count, channels, height, width) with each patch outside `keep` replaced.
 
     keep is bool (count, tokens); what it says of the prefix tokens does not matter, for they have no pixels.
     """
     prefix, rows, columns = patch_grid(model, pixels.shape[-2:])
     stays = keep[:, prefix:].reshape(-1, 1, rows, columns)
-    stays = torch.nn.functional.interpolate(stays.to(pixels.dtype), scale_factor=model.config.patch_size) > 0.5
+    stays = (
+        torch.nn.functional.interpolate(stays.to(pixels.dtype), scale_factor=model.config.patch_size) > 0.5
+    )
     replacement = replacement_pixels(pixels, colour, operator, model.config.patch_size)
     return {"pixel_values": torch.where(stays, pixels, replacement)}
 
 
-def replacement_pixels(pixels: torch.Tensor, colour=None, operator: str = "mean", width: float = 8) -> torch.Tensor:
+def replacement_pixels(
+    pixels: torch.Tensor, colour=None, operator: str = "mean", width: float = 8
+) -> torch.Tensor:
     """Return what stands in for erased pixels, shaped as the images (count, channels, height, width).
 
-    "mean" or "mask"  one colour (channels,) in the units of pixel_values; None is 0, the mean that processors subtract
+    "mean" or "mask"  one colour (channels,) in the units of pixel_values; None is 0, the mean that processors
+    subtract
     "blur"            the image itself under a Gaussian blur whose standard deviation is `width` pixels
     "noise"           that colour plus normal noise of each image's own spread, the same field in every call
     """
@@ -101,7 +119,9 @@ def replacement_pixels(pixels: torch.Tensor, colour=None, operator: str = "mean"
 
 
 def sum_over_patches(model, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Sum a value of each pixel (batch, channels, height, width) over patches: (batch, tokens), zero at the prefix."""
+    """Sum a value of each pixel (batch, channels, height, width) over patches: (batch, tokens), zero at the
+    prefix.
+    """
     prefix, rows, columns = patch_grid(model, pixel_values.shape[-2:])
     n_pixels = model.config.patch_size**2
     patches = torch.nn.functional.adaptive_avg_pool2d(pixel_values.sum(1), (rows, columns)) * n_pixels
@@ -109,13 +129,16 @@ def sum_over_patches(model, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def patch_maps(model, inputs, values: torch.Tensor) -> torch.Tensor:
-    """Arrange values of tokens (..., batch, tokens) as maps of the image (..., batch, rows, columns), no prefix.
+    """Arrange values of tokens (..., batch, tokens) as maps of the image (..., batch, rows, columns), no
+    prefix.
 
     Raises ValueError where the values are not one a token of these images.
     """
     prefix, rows, columns = patch_grid(model, inputs["pixel_values"].shape[-2:])
     if values.shape[-1] != prefix + rows * columns:
-        raise ValueError(f"values of {values.shape[-1]} tokens do not fit images of {prefix + rows * columns}")
+        raise ValueError(
+            f"values of {values.shape[-1]} tokens do not fit images of {prefix + rows * columns}"
+        )
     return values[..., prefix:].unflatten(-1, (rows, columns))
 
 

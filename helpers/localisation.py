@@ -1,4 +1,6 @@
-"""Does a heatmap point at the thing? Patch attributions against the mask of an object that is known to be there."""
+"""Does a heatmap point at the thing? Patch attributions against the mask of an object that is known to be
+there.
+"""
 
 from dataclasses import dataclass
 
@@ -15,11 +17,13 @@ INSIDE = 0.5  # a patch is inside when at least this share of its pixels is
 class Localisation:
     """How well each attribution finds the patches inside a mask; higher is better, `chance` knows nothing.
 
-    pointing           (..., batch) 1 where the largest attribution is inside, 0 outside, a share where several tie
+    pointing           (..., batch) 1 where the largest attribution is inside, 0 outside, a share where
+                       several tie
     average_precision  (..., batch) of ranking inside before outside
-    mass_inside        (..., batch) share of the positive attribution that is inside; 0 where nothing is positive
-    chance             (batch,) share of the patches that are inside: what a random ranking expects of all three (of
-                       the precision a little more, over few patches)
+    mass_inside        (..., batch) share of the positive attribution that is inside; 0 where nothing is
+                       positive
+    chance             (batch,) share of the patches that are inside: what a random ranking expects of all
+                       three (of the precision a little more, over few patches)
     """
 
     pointing: torch.Tensor
@@ -29,7 +33,8 @@ class Localisation:
 
 
 def patches_inside(model, inputs, masks, at_least: float = INSIDE) -> torch.Tensor:
-    """Return bool (batch, tokens): True for patches with `at_least` this share inside masks (batch, height, width).
+    """Return bool (batch, tokens): True for patches with `at_least` this share inside masks (batch, height,
+    width).
 
     Masks may have another size than the encoded images, but must show the same crop.
     """
@@ -48,14 +53,18 @@ def localise(attributions: torch.Tensor, players: torch.Tensor, inside: torch.Te
     Raises ValueError for shapes that do not fit, NaN, or an image whose mask holds no patch or every patch.
     """
     if attributions.shape[-2:] != players.shape or inside.shape != players.shape:
-        raise ValueError(f"shapes differ: {tuple(attributions.shape)}, {tuple(players.shape)}, {tuple(inside.shape)}")
+        raise ValueError(
+            f"shapes differ: {tuple(attributions.shape)}, {tuple(players.shape)}, {tuple(inside.shape)}"
+        )
     if not torch.isfinite(attributions.masked_fill(~players, 0)).all():
         raise ValueError("the attributions hold NaN or infinity at a patch")
     inside = inside & players
     chance = inside.sum(-1) / players.sum(-1)
     if ((chance == 0) | (chance == 1)).any():
         row = ((chance == 0) | (chance == 1)).nonzero()[0].item()
-        raise ValueError(f"the mask of image {row} holds {int(inside[row].sum())} of {int(players[row].sum())} patches")
+        raise ValueError(
+            f"the mask of image {row} holds {int(inside[row].sum())} of {int(players[row].sum())} patches"
+        )
     scores = attributions.masked_fill(~players, -torch.inf)
     tolerance = TIE * (attributions * players).abs().amax(-1, keepdim=True)
     largest = scores >= scores.amax(-1, keepdim=True) - tolerance

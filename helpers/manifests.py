@@ -1,7 +1,9 @@
-"""What is known of a run: the address of its content, the manifest that says it is finished, the plan of its folder.
+"""What is known of a run: the address of its content, the manifest that says it is finished, the plan of its
+folder.
 
-The folder of a run holds notebooks/ (each as executed, its log NAME.log and, once all else is there, its manifest
-NAME.json), figures/ with the results, and plan.json. It may be a local folder or any URL that fsspec writes to.
+The folder of a run holds notebooks/ (each as executed, its log NAME.log and, once all else is there, its
+manifest NAME.json), figures/ with the results, and plan.json. It may be a local folder or any URL that fsspec
+writes to.
 """
 
 import hashlib
@@ -24,7 +26,9 @@ STAGING = PROJECT_ROOT / "runs" / "staging"  # what is on its way to a URL
 
 
 def upstream_notebooks(name: str) -> list[str]:
-    """Return the earlier notebooks that a notebook reads from: those whose number stands in its code, as in 03_cavs."""
+    """Return the earlier notebooks that a notebook reads from: those whose number stands in its code, as in
+    03_cavs.
+    """
     code = "\n".join(text for kind, text, _ in _source(name) if kind == "code")
     earlier = notebook_names()[: notebook_names().index(name)]
     return [other for other in earlier if re.search(rf"\b{file_prefix(other)}", code)]
@@ -33,17 +37,21 @@ def upstream_notebooks(name: str) -> list[str]:
 def notebook_address(name: str, parameters: dict, addresses: dict[str, str]) -> str:
     """Return the sha256 of all that decides what a notebook computes.
 
-    That is its source without outputs, the source of every helper, its parameters, and the `addresses` of the notebooks
-    that it reads from. Data and models that the parameters name are taken to stay what they are.
+    That is its source without outputs, the source of every helper, its parameters, and the `addresses` of the
+    notebooks that it reads from. Data and models that the parameters name are taken to stay what they are.
     """
-    helpers = {path.name: path.read_text(encoding="utf8") for path in sorted(Path(__file__).parent.glob("*.py"))}
+    helpers = {
+        path.name: path.read_text(encoding="utf8") for path in sorted(Path(__file__).parent.glob("*.py"))
+    }
     upstream = {other: addresses.get(other, "") for other in upstream_notebooks(name)}
     content = json.dumps([_source(name), helpers, parameters, upstream], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def run_addresses(plan: dict[str, dict], folder: str | Path) -> dict[str, str]:
-    """Return the address of each notebook of a plan, and of those outside it that they read from in `folder`."""
+    """Return the address of each notebook of a plan, and of those outside it that they read from in
+    `folder`.
+    """
     addresses = {}
     for name, parameters in plan.items():
         for other in upstream_notebooks(name):
@@ -55,7 +63,9 @@ def run_addresses(plan: dict[str, dict], folder: str | Path) -> dict[str, str]:
 
 
 def read_manifest(name: str, folder: str | Path) -> dict | None:
-    """Return the manifest of a notebook's run, None where there is none. Raises ValueError for another version's."""
+    """Return the manifest of a notebook's run, None where there is none. Raises ValueError for another
+    version's.
+    """
     return _read(folder, f"notebooks/{name}.json")
 
 
@@ -66,14 +76,20 @@ def write_manifest(manifest: dict, folder: str | Path) -> None:
 
 
 def is_finished(manifest: dict | None, address: str, folder: str | Path) -> bool:
-    """Tell whether a manifest stands for a finished run of that address whose files are all as they were written."""
+    """Tell whether a manifest stands for a finished run of that address whose files are all as they were
+    written.
+    """
     if not manifest or manifest["status"] != "finished" or manifest["address"] != address:
         return False
     fs, root = fsspec.url_to_fs(str(folder))
-    local = isinstance(fs, LocalFileSystem)  # elsewhere the size must do: reading everything back costs too much
+    local = isinstance(
+        fs, LocalFileSystem
+    )  # elsewhere the size must do: reading everything back costs too much
     try:
         return all(
-            (digest(Path(root, path)) == about["sha256"]) if local else (fs.size(f"{root}/{path}") == about["bytes"])
+            (digest(Path(root, path)) == about["sha256"])
+            if local
+            else (fs.size(f"{root}/{path}") == about["bytes"])
             for path, about in manifest["outputs"].items()
         )
     except FileNotFoundError:
@@ -103,7 +119,9 @@ def unfinished_runs(runs: dict[str, dict], folder: str | Path) -> tuple[list[tup
 
 
 def read_plan(folder: str | Path) -> dict[str, dict]:
-    """Return the runs that were ever asked for in `folder`, as `plan_sweep` gives them; a single run is named "."."""
+    """Return the runs that were ever asked for in `folder`, as `plan_sweep` gives them; a single run is named
+    ".".
+    """
     return (_read(folder, "plan.json") or {"runs": {}})["runs"]
 
 
@@ -165,7 +183,9 @@ def staging_folder(url: str) -> Path:
 
 
 def lock(name: str, folder: str | Path) -> FileLock:
-    """Return the lock, not yet taken, of a notebook's run in `folder`. It is freed even when its holder is killed."""
+    """Return the lock, not yet taken, of a notebook's run in `folder`. It is freed even when its holder is
+    killed.
+    """
     path = _lock_path(name, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path)

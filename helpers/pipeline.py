@@ -12,9 +12,16 @@ from tqdm import tqdm
 from helpers.manifests import IN_PLACE, forget, is_url, lock, record_plan, run_states, unfinished_runs
 from helpers.places import check_at_hand
 from helpers.plans import (  # noqa: F401
-    NOTEBOOKS, PROFILES, PROJECT_ROOT, load_profile, notebook_names, notebook_parameters, plan_run, plan_sweep,
+    NOTEBOOKS,
+    PROFILES,
+    PROJECT_ROOT,
+    load_profile,
+    notebook_names,
+    notebook_parameters,
+    plan_run,
+    plan_sweep,
     read_value,
-)  # fmt: skip
+)
 from helpers.runs import clean_notebook, complete_plan, run_notebook  # noqa: F401
 
 FIGURES = PROJECT_ROOT / "figures"
@@ -26,20 +33,26 @@ def app() -> None:
 
 
 @app.command()
-@click.option("--profile", default="default", show_default=True, help="smoke, default or paper, or a YAML file's path")
-@click.option("-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="may be repeated")
+@click.option(
+    "--profile", default="default", show_default=True, help="smoke, default or paper, or a YAML file's path"
+)
+@click.option(
+    "-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="may be repeated"
+)
 @click.option("--only", multiple=True, metavar="NOTEBOOK", help="a notebook's name, may be repeated")
-@click.option("--output", help="folder, or URL known to fsspec, for notebooks and figures  [default: see above]")
+@click.option(
+    "--output", help="folder, or URL known to fsspec, for notebooks and figures  [default: see above]"
+)
 @click.option("--force", is_flag=True, help="repeat what is finished, too")
 def run(profile: str, pairs: tuple, only: tuple, output: str | None, force: bool) -> None:
     """Run the notebooks of a profile in order.
 
-    The default profile with nothing overridden refreshes the collection in place; anything else goes to --output, or
-    to runs/PROFILE.
+    The default profile with nothing overridden refreshes the collection in place; anything else goes to
+    --output, or to runs/PROFILE.
 
-    What is finished there is not repeated while notebook, helpers and parameters are the same: whatever cut a run off,
-    the same command does the rest. In place everything runs again, unless the last command was cut off or a notebook
-    failed: then the rest does. Logs and manifests of the collection are in runs/in-place.
+    What is finished there is not repeated while notebook, helpers and parameters are the same: whatever cut a
+    run off, the same command does the rest. In place everything runs again, unless the last command was cut
+    off or a notebook failed: then the rest does. Logs and manifests of the collection are in runs/in-place.
     """
     with one_line_errors():
         overrides = {name: read_value(value) for name, value in pairs}
@@ -58,19 +71,30 @@ def run(profile: str, pairs: tuple, only: tuple, output: str | None, force: bool
 
 @app.command()
 @click.argument("grid", metavar="GRID.yaml")
-@click.option("--output", help="folder, or URL known to fsspec, with a folder for each run  [default: runs/GRID]")
-@click.option("--workers", type=click.IntRange(1), help="processes on this machine  [default: one a core, or a GPU]")
-@click.option("--scheduler", metavar="ADDRESS", help="of a Dask cluster that does the work, such as tcp://host:8786")
-@click.option("--gpu", is_flag=True, help="a GPU for each notebook; on a cluster from `dask worker --resources GPU=1`")
+@click.option(
+    "--output", help="folder, or URL known to fsspec, with a folder for each run  [default: runs/GRID]"
+)
+@click.option(
+    "--workers", type=click.IntRange(1), help="processes on this machine  [default: one a core, or a GPU]"
+)
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="of a Dask cluster that does the work, such as tcp://host:8786"
+)
+@click.option(
+    "--gpu", is_flag=True, help="a GPU for each notebook; on a cluster from `dask worker --resources GPU=1`"
+)
 @click.option("--force", is_flag=True, help="repeat what is finished, too")
-def sweep(grid: str, output: str | None, workers: int | None, scheduler: str | None, gpu: bool, force: bool) -> None:
+def sweep(
+    grid: str, output: str | None, workers: int | None, scheduler: str | None, gpu: bool, force: bool
+) -> None:
     """Run notebooks over a grid of parameters, many at once.
 
-    GRID.yaml names a profile to begin with, notebooks, and parameters with lists of values; every combination gets a
-    folder. See data/sweeps. The numbers of all of them are gathered in metrics.csv.
+    GRID.yaml names a profile to begin with, notebooks, and parameters with lists of values; every combination
+    gets a folder. See data/sweeps. The numbers of all of them are gathered in metrics.csv.
 
-    What is finished is not repeated: whatever cut a sweep off, the same command does the rest, and a larger grid adds
-    to it. A failed notebook holds back only those that read from it; a lost worker costs only what it was at.
+    What is finished is not repeated: whatever cut a sweep off, the same command does the rest, and a larger
+    grid adds to it. A failed notebook holds back only those that read from it; a lost worker costs only what
+    it was at.
     """
     from helpers import sweeps  # Dask, which the other commands do not need
 
@@ -86,7 +110,13 @@ def sweep(grid: str, output: str | None, workers: int | None, scheduler: str | N
         elif scheduler:  # whose workers may reach and hold other things than this machine
             cluster = sweeps.cluster_workers(scheduler, gpu)
         else:
-            check_at_hand({f"{name} in {run}": part for run, about in rest.items() for name, part in about["plan"].items()})
+            check_at_hand(
+                {
+                    f"{name} in {run}": part
+                    for run, about in rest.items()
+                    for name, part in about["plan"].items()
+                }
+            )
             cluster = sweeps.local_workers(workers, tasks, gpu)
         with cluster as client:
             if force:
@@ -102,8 +132,8 @@ def sweep(grid: str, output: str | None, workers: int | None, scheduler: str | N
 def status(folder: str) -> None:
     """Show what became of all that was run into FOLDER: finished, failed, running, stale or missing.
 
-    A run is stale when its notebook, the helpers or its files have changed since, missing when it never began or was
-    cut off. That of the collection itself is in runs/in-place.
+    A run is stale when its notebook, the helpers or its files have changed since, missing when it never began
+    or was cut off. That of the collection itself is in runs/in-place.
     """
     with one_line_errors():
         rows = [("run", "notebook", "state", "seconds", "log of failures")]
@@ -111,7 +141,9 @@ def status(folder: str) -> None:
             log = manifest["log"] if state == "failed" else ""
             rows.append((name, notebook, state, str(manifest.get("seconds", "")), log))
         if len(rows) == 1:
-            raise click.UsageError(f"{folder} holds no run; give the --output of a run or a sweep, such as runs/smoke")
+            raise click.UsageError(
+                f"{folder} holds no run; give the --output of a run or a sweep, such as runs/smoke"
+            )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         click.echo("  ".join(map(str.ljust, row, widths)).rstrip())
@@ -119,7 +151,9 @@ def status(folder: str) -> None:
 
 @app.command()
 @click.argument("source", default=".")
-@click.option("--output", help="folder for the pages  [default: runs/report for the collection, else SOURCE/report]")
+@click.option(
+    "--output", help="folder for the pages  [default: runs/report for the collection, else SOURCE/report]"
+)
 def report(source: str, output: str | None) -> None:
     """Render the executed notebooks of the collection, or of a run's folder SOURCE, as pages to read."""
     from helpers.report import render  # nbconvert, which the other commands do not need
@@ -131,7 +165,8 @@ def report(source: str, output: str | None) -> None:
 
 
 def output_folder(output: str, in_place: bool = False) -> str:
-    """Return where a run goes: a URL as it is, any other folder from the project root, for the root itself IN_PLACE.
+    """Return where a run goes: a URL as it is, any other folder from the project root, for the root itself
+    IN_PLACE.
 
     Raises ValueError for a URL that cannot be written to, and for the root unless `in_place` allows it.
     """
@@ -170,7 +205,11 @@ def follow(manifests, total: int) -> None:
                 unfinished.append(what)
                 said = f"{manifest['error']}; log: {manifest['log']}"
             else:
-                said = "was finished before" if "kept" in manifest else f"finished in {manifest['seconds']:.1f} s"
+                said = (
+                    "was finished before"
+                    if "kept" in manifest
+                    else f"finished in {manifest['seconds']:.1f} s"
+                )
             with bar.external_write_mode():
                 click.echo(f"{what} {said}")
             bar.update()
@@ -181,7 +220,9 @@ def follow(manifests, total: int) -> None:
 
 @contextmanager
 def refreshing(plan: dict[str, dict]):
-    """Keep others off the collection for a block; it starts afresh unless the block before did not come to its end."""
+    """Keep others off the collection for a block; it starts afresh unless the block before did not come to
+    its end.
+    """
     unfinished = IN_PLACE / "unfinished"
     try:
         with lock("collection", IN_PLACE).acquire(timeout=0):
@@ -197,7 +238,9 @@ def refreshing(plan: dict[str, dict]):
 
 @contextmanager
 def one_line_errors():
-    """Turn what may be wrong with the input, or with the place that a run goes to, into one line and an exit status."""
+    """Turn what may be wrong with the input, or with the place that a run goes to, into one line and an exit
+    status.
+    """
     try:
         yield
     except (ValueError, FileNotFoundError) as error:

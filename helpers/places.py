@@ -10,9 +10,13 @@ HUB_SETS = {  # name: hub id
     "ag_news": "fancyzhe/ag_news",
 }
 NAMING = {  # parameters of notebooks that name what a hub may have
-    "model_ids": "model", "model_id": "model", "image_model_id": "model", "text_model_id": "model",
-    "sets": "set", "text_set": "set",
-}  # fmt: skip
+    "model_ids": "model",
+    "model_id": "model",
+    "image_model_id": "model",
+    "text_model_id": "model",
+    "sets": "set",
+    "text_set": "set",
+}
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 FOLDERS = ("images_dir", "concepts_dir", "targets_dir")  # parameters that name folders of images
 
@@ -30,8 +34,9 @@ def local_folder(name: str) -> Path | None:
 def check_at_hand(plan: dict[str, dict]) -> None:
     """Check, before anything starts, that what a plan {notebook: parameters} names is here or can be fetched.
 
-    Raises ConnectionError for models and sets that are neither folders nor in the hub's cache while the hub cannot be
-    reached, FileNotFoundError where folders of images are not there; either names all that is missing, and the way out.
+    Raises ConnectionError for models and sets that are neither folders nor in the hub's cache while the hub
+    cannot be reached, FileNotFoundError where folders of images are not there; either names all that is
+    missing, and the way out.
     """
     asked = {}  # {(kind, name): where it is asked for}
     for notebook, parameters in plan.items():
@@ -41,12 +46,16 @@ def check_at_hand(plan: dict[str, dict]) -> None:
     listed = {what: f"\n  {' '.join(what)} ({', '.join(places)})" for what, places in sorted(asked.items())}
     absent = "".join(line for (kind, _), line in listed.items() if kind == "folder")
     missing = "".join(line for what, line in listed.items() if what[0] != "folder" and not _is_cached(*what))
-    unreachable = missing and (reason := _out_of_reach()) and (
-        f"the model hub cannot be reached ({reason}), and these are neither local folders nor in its cache:{missing}\n"
-        "Where there is a network: `hf download NAME --local-dir FOLDER`, for a set with `--repo-type dataset`. Then "
-        "give the folders in place of the names, in a profile or as in -p model_ids '[FOLDER, ...]'; FOLDER_short still "
-        "stands for the short texts of a set"
-    )  # fmt: skip
+    unreachable = (
+        missing
+        and (reason := _out_of_reach())
+        and (
+            f"the model hub cannot be reached ({reason}), and these are neither local folders nor in its cache:{missing}\n"
+            "Where there is a network: `hf download NAME --local-dir FOLDER`, for a set with `--repo-type dataset`. Then "
+            "give the folders in place of the names, in a profile or as in -p model_ids '[FOLDER, ...]'; FOLDER_short still "
+            "stands for the short texts of a set"
+        )
+    )
     if absent:
         raise FileNotFoundError(
             f"these folders of images do not exist:{absent}\n"

@@ -1,4 +1,6 @@
-"""What runs with which parameters: the collection, profiles and the grids of sweeps, checked before anything starts."""
+"""What runs with which parameters: the collection, profiles and the grids of sweeps, checked before anything
+starts.
+"""
 
 import ast
 import hashlib
@@ -31,21 +33,26 @@ def notebook_parameters(name: str) -> dict[str, str]:
 
 
 def notebook_default(name: str, parameter: str):
-    """Return the value that a notebook's own parameters cell gives to a parameter, or None where it has no such one."""
+    """Return the value that a notebook's own parameters cell gives to a parameter, or None where it has no
+    such one.
+    """
     path = NOTEBOOKS / f"{name}.ipynb"
     _, written = _inspect(path, path.stat().st_mtime_ns).get(parameter, ("", "None"))
     return ast.literal_eval(written)
 
 
 def load_profile(profile: str) -> dict[str, dict]:
-    """Read data/profiles/`profile`.yaml, or a YAML file by path: parameters under `all` and under notebook names.
+    """Read data/profiles/`profile`.yaml, or a YAML file by path: parameters under `all` and under notebook
+    names.
 
     Raises FileNotFoundError for a profile that does not exist, ValueError for one that is not such a mapping.
     """
     path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
-        raise FileNotFoundError(f"profile {profile!r} does not exist; use one of {known}, or the path of a YAML file")
+        raise FileNotFoundError(
+            f"profile {profile!r} does not exist; use one of {known}, or the path of a YAML file"
+        )
     content = _read_yaml(path)
     if not isinstance(content, dict) or not all(isinstance(part or {}, dict) for part in content.values()):
         raise ValueError(f"{path.name} must map 'all' and notebook names to parameters")
@@ -56,7 +63,8 @@ def plan_run(profile: str, only: list[str] | None = None, overrides: dict | None
     """Return {notebook: parameters} in running order, every name and type checked before anything starts.
 
     Parameters under `all`, and overrides, go to each chosen notebook that has them.
-    Raises ValueError for an unknown notebook or parameter (with the nearest name), or a value of another type.
+    Raises ValueError for an unknown notebook or parameter (with the nearest name), or a value of another
+    type.
     """
     content, names, overrides = load_profile(profile), notebook_names(), overrides or {}
     for name in [*(only or []), *(key for key in content if key != "all")]:
@@ -75,7 +83,9 @@ def plan_run(profile: str, only: list[str] | None = None, overrides: dict | None
         for parameter in own:
             _check_known(parameter, types[name], f"parameter of {name}")
         given = {key: value for key, value in overrides.items() if key in types[name]}
-        plan[name] = {key: _checked(key, value, types[name][key]) for key, value in {**shared, **own, **given}.items()}
+        plan[name] = {
+            key: _checked(key, value, types[name][key]) for key, value in {**shared, **own, **given}.items()
+        }
     return plan
 
 
@@ -99,7 +109,9 @@ def plan_sweep(grid: str | Path) -> dict[str, dict]:
     for parameter, values in product.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{path.name}: {parameter!r} must be a list of values to try, not {values!r}")
-    combinations = [dict(zip(product, values, strict=True)) for values in itertools.product(*product.values())]
+    combinations = [
+        dict(zip(product, values, strict=True)) for values in itertools.product(*product.values())
+    ]
     asked = [(content.get("notebooks"), varied) for varied in combinations if varied]
     for single in content.get("runs", []):
         part = _checked_part(single, {"notebooks": list, "parameters": dict}, path)
@@ -171,7 +183,9 @@ def _check_known(name: str, known, kind: str) -> None:
 def _checked(name: str, value, kind: str):
     """Return the value if it fits the annotated type of its parameter; an int serves as a float."""
     kind = kind.split("[")[0]
-    if not isinstance(value, TYPES.get(kind, object)) or (isinstance(value, bool) and kind in ("int", "float")):
+    if not isinstance(value, TYPES.get(kind, object)) or (
+        isinstance(value, bool) and kind in ("int", "float")
+    ):
         hint = "; in a grid, each of its values is a list of its own" if kind == "list" else ""
         raise ValueError(f"parameter {name!r} must be {kind}, not {value!r}{hint}")
     return value

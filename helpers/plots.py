@@ -13,9 +13,14 @@ from matplotlib.patches import Rectangle
 PAGE = 7.2  # inches, the width of a printed page's text
 FAMILY_COLORS = {"attention": "#2c6fbb", "gradient": "#2a8c55", "input": "#c0392b", "none": "#7f7f7f"}
 CONCEPT_COLORS = {
-    "striped": "#0072b2", "dotted": "#e69f00", "zigzagged": "#cc79a7",
-    "red": "#d55e00", "blue": "#0072b2", "green": "#009e73", "yellow": "#b8a000",
-}  # fmt: skip
+    "striped": "#0072b2",
+    "dotted": "#e69f00",
+    "zigzagged": "#cc79a7",
+    "red": "#d55e00",
+    "blue": "#0072b2",
+    "green": "#009e73",
+    "yellow": "#b8a000",
+}
 SIGNED = "RdBu_r"  # centred on zero: red speaks for the class, blue against it
 UNSIGNED = "viridis"
 
@@ -44,17 +49,26 @@ def token_strips(
     sentences  (title, tokens, {method: attribution of each token}) each
     line       characters after which a sentence goes on in a new line
 
-    Each row is divided by its largest absolute value, so zero and sign stay where they are and methods of different
-    units can be compared. Returns the figure and one axes a sentence.
+    Each row is divided by its largest absolute value, so zero and sign stay where they are and methods of
+    different units can be compared. Returns the figure and one axes a sentence.
     """
     layouts = [_break_lines(tokens, line) for _, tokens, _ in sentences]
-    heights = [1 + len(methods) * (layout[-1][1] + 1) for (_, _, methods), layout in zip(sentences, layouts, strict=True)]
+    heights = [
+        1 + len(methods) * (layout[-1][1] + 1)
+        for (_, _, methods), layout in zip(sentences, layouts, strict=True)
+    ]
     figure, axes = plt.subplots(
-        len(sentences), 1, figsize=(PAGE, 0.19 * sum(heights) + 0.45), squeeze=False,
-        gridspec_kw={"height_ratios": heights}, layout="constrained",
-    )  # fmt: skip
+        len(sentences),
+        1,
+        figsize=(PAGE, 0.19 * sum(heights) + 0.45),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+        layout="constrained",
+    )
     scale = ScalarMappable(Normalize(-1, 1), SIGNED)
-    for axis, (title, tokens, methods), layout, height in zip(axes[:, 0], sentences, layouts, heights, strict=True):
+    for axis, (title, tokens, methods), layout, height in zip(
+        axes[:, 0], sentences, layouts, heights, strict=True
+    ):
         axis.set(xlim=(-0.36 * line, line), ylim=(height, 0))
         axis.axis("off")
         axis.text(-0.36 * line, 0.5, title, va="center", fontsize=8, fontweight="bold")
@@ -66,10 +80,22 @@ def token_strips(
             values = values / (np.abs(values).max() or 1)
             for token, value, (left, down, width) in zip(tokens, values, layout, strict=True):
                 color = scale.to_rgba(value)
-                axis.add_patch(Rectangle((left, top + down + 0.06), width - 0.15, 0.88, color=color, linewidth=0))
+                axis.add_patch(
+                    Rectangle((left, top + down + 0.06), width - 0.15, 0.88, color=color, linewidth=0)
+                )
                 ink = "white" if np.dot(color[:3], (0.299, 0.587, 0.114)) < 0.5 else "black"
-                axis.text(left + width / 2, top + down + 0.5, token, ha="center", va="center", fontsize=6.5, color=ink)
-    bar = figure.colorbar(scale, ax=axes[:, 0].tolist(), orientation="horizontal", aspect=60, pad=0.02, shrink=0.6)
+                axis.text(
+                    left + width / 2,
+                    top + down + 0.5,
+                    token,
+                    ha="center",
+                    va="center",
+                    fontsize=6.5,
+                    color=ink,
+                )
+    bar = figure.colorbar(
+        scale, ax=axes[:, 0].tolist(), orientation="horizontal", aspect=60, pad=0.02, shrink=0.6
+    )
     bar.ax.tick_params(labelsize=6.5)
     bar.set_label("attribution / largest |attribution| of the row", fontsize=7)
     return figure, axes[:, 0]
@@ -90,31 +116,52 @@ def _break_lines(tokens: Sequence[str], line: int) -> list[tuple[float, int, flo
 def method_strips(
     scores: pd.DataFrame, intervals: pd.DataFrame, measure: str, label: str | None = None
 ) -> tuple[plt.Figure, np.ndarray]:
-    """Draw one panel a data set and in it one strip a method: every input a dot, a line at the mean with its interval.
+    """Draw one panel a data set and in it one strip a method: every input a dot, a line at the mean with its
+    interval.
 
     scores     long table with the columns set, method, family and `measure`, one row an input
     intervals  the same without inputs: set, method, family, mean, low, high of `measure`
 
-    Dots are blue for attention-based, green for gradient-based, red for input-based methods, grey for those that know
-    nothing. Returns the figure and one axes a set.
+    Dots are blue for attention-based, green for gradient-based, red for input-based methods, grey for those
+    that know nothing. Returns the figure and one axes a set.
     """
     sets = list(dict.fromkeys(scores["set"]))
     methods = list(dict.fromkeys(scores["method"]))
     figure, axes = plt.subplots(
-        1, len(sets), figsize=(PAGE, 0.19 * len(methods) + 0.9), sharex=True, sharey=True, squeeze=False,
+        1,
+        len(sets),
+        figsize=(PAGE, 0.19 * len(methods) + 0.9),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
         layout="constrained",
     )
     for axis, name in zip(axes[0], sets, strict=True):
         part = scores[scores["set"] == name]
         sns.stripplot(
-            part, x=measure, y="method", hue="family", order=methods, palette=FAMILY_COLORS, ax=axis,
-            size=1.6, alpha=0.35, jitter=0.3, legend=False, rasterized=True, zorder=1,
-        )  # fmt: skip
+            part,
+            x=measure,
+            y="method",
+            hue="family",
+            order=methods,
+            palette=FAMILY_COLORS,
+            ax=axis,
+            size=1.6,
+            alpha=0.35,
+            jitter=0.3,
+            legend=False,
+            rasterized=True,
+            zorder=1,
+        )
         axis.axvline(0, color="black", linewidth=0.5, zorder=0)
         for row in intervals[intervals["set"] == name].itertuples():
             place = methods.index(row.method)
-            axis.fill_betweenx([place - 0.36, place + 0.36], row.low, row.high, color="black", alpha=0.25, linewidth=0)
-            axis.plot([row.mean, row.mean], [place - 0.36, place + 0.36], color="black", linewidth=1.2, zorder=3)
+            axis.fill_betweenx(
+                [place - 0.36, place + 0.36], row.low, row.high, color="black", alpha=0.25, linewidth=0
+            )
+            axis.plot(
+                [row.mean, row.mean], [place - 0.36, place + 0.36], color="black", linewidth=1.2, zorder=3
+            )
         sizes = sorted(set(part["method"].value_counts()))
         axis.set(title=f"{name} (n = {'/'.join(map(str, sizes))})", xlabel="", ylabel="")
         axis.tick_params(axis="y", length=0, labelsize=6.5)
@@ -123,23 +170,33 @@ def method_strips(
 
 
 def patch_heatmaps(
-    rows: Sequence[tuple[str, np.ndarray, Mapping[str, np.ndarray]]], shared: bool = False,
-    outlines: Sequence[np.ndarray] | None = None, unsigned: Mapping[str, str] | None = None,
-) -> tuple[plt.Figure, np.ndarray]:  # fmt: skip
+    rows: Sequence[tuple[str, np.ndarray, Mapping[str, np.ndarray]]],
+    shared: bool = False,
+    outlines: Sequence[np.ndarray] | None = None,
+    unsigned: Mapping[str, str] | None = None,
+) -> tuple[plt.Figure, np.ndarray]:
     """Draw images as rows and methods as columns of patch heatmaps, all on one signed colour scale.
 
-    rows      (title, image, {method: attribution of each patch, (rows, columns)}) each; image in uint8 or [0, 1]
-    shared    divide all maps of a column by the largest absolute value in it, to compare them; else each map by its own
+    rows      (title, image, {method: attribution of each patch, (rows, columns)}) each; image in uint8 or [0,
+              1]
+    shared    divide all maps of a column by the largest absolute value in it, to compare them; else each map
+              by its own
     outlines  bool mask (height, width) of each row, whose border is drawn over the maps
-    unsigned  {column: unit} of columns with positive quantities: a scale of their own, from 0 to the column's largest
+    unsigned  {column: unit} of columns with positive quantities: a scale of their own, from 0 to the column's
+              largest
 
-    Zero is white and stays where it is; every patch is one flat square. Returns the figure and axes (rows, 1 + methods).
+    Zero is white and stays where it is; every patch is one flat square. Returns the figure and axes (rows, 1
+    + methods).
     """
     unsigned = unsigned or {}
     methods = list(rows[0][2])
     side = (PAGE - 0.3) / (1 + len(methods))
     figure, axes = plt.subplots(
-        len(rows), 1 + len(methods), figsize=(PAGE, side * len(rows) + 0.85), squeeze=False, layout="constrained"
+        len(rows),
+        1 + len(methods),
+        figsize=(PAGE, side * len(rows) + 0.85),
+        squeeze=False,
+        layout="constrained",
     )
     largest = {method: max(np.abs(maps[method]).max() for *_, maps in rows) for method in methods}
     for row, (title, image, maps) in enumerate(rows):

@@ -1,4 +1,6 @@
-"""The reading edition: executed notebooks as static pages that open from disk, with no network and no Jupyter."""
+"""The reading edition: executed notebooks as static pages that open from disk, with no network and no
+Jupyter.
+"""
 
 import base64
 import io
@@ -23,7 +25,10 @@ from helpers.places import PROJECT_ROOT
 TEMPLATES = Path(__file__).with_name("templates")
 MARK = '<meta name="generator" content="helpers.report">'  # on the index page: a folder that has it may be replaced
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]  # no scripts
-PICTURES = {"enabled": True, "output_filename_template": "pictures/{unique_key}_{cell_index}_{index}{extension}"}
+PICTURES = {
+    "enabled": True,
+    "output_filename_template": "pictures/{unique_key}_{cell_index}_{index}{extension}",
+}
 EXPORT = Config(ExtractOutputPreprocessor=PICTURES, NbConvertBase={"display_data_priority": SHOWN})
 FRAME = {"class": "wide", "tabindex": "0", "role": "group", "aria-label": "Table"}
 
@@ -31,19 +36,22 @@ Page = namedtuple("Page", "name title question run_time error body sections thum
 
 
 def render(source: Path, target: Path) -> Path:
-    """Write the notebooks executed in `source`/notebooks as HTML into the folder `target`; return its index page.
+    """Write the notebooks executed in `source`/notebooks as HTML into the folder `target`; return its index
+    page.
 
-    `source` is the project root or the folder of a run; `target` a new or empty folder, or an earlier edition, which is
-    replaced as a whole. The same notebooks give the same bytes. A notebook that stopped with an error is shown as far
-    as it came, and says so.
-    Raises FileNotFoundError where `source` holds no notebooks; ValueError for a notebook that has not been executed, a
-    formula that cannot be set, or a `target` that holds anything but an edition.
+    `source` is the project root or the folder of a run; `target` a new or empty folder, or an earlier
+    edition, which is replaced as a whole. The same notebooks give the same bytes. A notebook that stopped
+    with an error is shown as far as it came, and says so.
+    Raises FileNotFoundError where `source` holds no notebooks; ValueError for a notebook that has not been
+    executed, a formula that cannot be set, or a `target` that holds anything but an edition.
     """
     source, target = Path(source).resolve(), Path(target).resolve()
     notebooks = _read_executed(source)
     _check_replaceable(target)
     pages = [_page(name, notebook, source, set(notebooks)) for name, notebook in notebooks.items()]
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True
+    )
     environment.globals.update(collection=_collection(source), mark=MARK)
     files = {"style.css": (TEMPLATES / "style.css").read_bytes()}
     files["index.html"] = environment.get_template("index.html.j2").render(pages=pages).encode()
@@ -64,7 +72,9 @@ def _read_executed(source: Path) -> dict:
         )
     notebooks = {path.stem: nbformat.read(path, as_version=4) for path in paths}
     for name, notebook in notebooks.items():
-        notebook.cells = [c for c in notebook.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
+        notebook.cells = [
+            c for c in notebook.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])
+        ]
         code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
         if not _error(notebook) and any(cell.execution_count is None for cell in code):
             raise ValueError(
@@ -77,14 +87,18 @@ def _read_executed(source: Path) -> dict:
 def _error(notebook) -> str:
     """Return what stopped a notebook, empty where nothing did."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return next((f"{output.ename}: {output.evalue}" for output in outputs if output.output_type == "error"), "")
+    return next(
+        (f"{output.ename}: {output.evalue}" for output in outputs if output.output_type == "error"), ""
+    )
 
 
 def _check_replaceable(target: Path) -> None:
     index = target / "index.html"
     ours = index.is_file() and MARK in index.read_text(encoding="utf8", errors="replace")
     if target.exists() and not ours and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} holds something else than a reading edition; name a new folder, or empty it first")
+        raise ValueError(
+            f"{target} holds something else than a reading edition; name a new folder, or empty it first"
+        )
 
 
 def _replace(target: Path, files: dict[str, bytes]) -> None:
@@ -109,7 +123,9 @@ def _collection(source: Path) -> dict[str, str]:
 
 def _page(name: str, notebook, source: Path, known: set[str]) -> Page:
     _describe_pictures(notebook)
-    exporter = _Exporter(config=EXPORT, template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = _Exporter(
+        config=EXPORT, template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True
+    )
     try:
         html, resources = exporter.from_notebook_node(notebook, {"unique_key": name})
     except LatexError as error:
@@ -177,7 +193,9 @@ def _first_sentence(text: str) -> str:
 
 
 def _describe_pictures(notebook) -> None:
-    """Give each picture of the outputs its size, and a text: the figure's name and the first sentence that reads it."""
+    """Give each picture of the outputs its size, and a text: the figure's name and the first sentence that
+    reads it.
+    """
     for place, cell in enumerate(notebook.cells):
         names = re.findall(r'save_figure\(.*?"([^"]+)"\)', cell.source)
         pictures = [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
@@ -189,7 +207,9 @@ def _describe_pictures(notebook) -> None:
 
 
 def _sentence_beside(cells: list, place: int) -> str:
-    """Return the first sentence of the prose right after a cell or, where a new section begins there, before it."""
+    """Return the first sentence of the prose right after a cell or, where a new section begins there, before
+    it.
+    """
     after = (cell.source for cell in cells[place:] if cell.cell_type == "markdown")
     before = (cell.source for cell in reversed(cells[:place]) if cell.cell_type == "markdown")
     sources = [source for source in (next(after, "#"), next(before, "")) if not source.startswith("#")]
@@ -198,10 +218,11 @@ def _sentence_beside(cells: list, place: int) -> str:
 
 
 def _lead_links(soup: BeautifulSoup, name: str, source: Path, known: set[str]) -> dict[str, bytes]:
-    """Make every link of the prose lead somewhere within the edition or to the web; return the files that this needs.
+    """Make every link of the prose lead somewhere within the edition or to the web; return the files that
+    this needs.
 
-    Links to notebooks lead to their pages, links to other files below `source` to a copy. Links and pictures that are
-    not there become plain text. The name of another notebook, set as code, becomes a link.
+    Links to notebooks lead to their pages, links to other files below `source` to a copy. Links and pictures
+    that are not there become plain text. The name of another notebook, set as code, becomes a link.
     """
     files = {}
     for code in soup.select("p code, li code, td code"):
@@ -226,7 +247,9 @@ def _lead_links(soup: BeautifulSoup, name: str, source: Path, known: set[str]) -
 
 
 def _frame(soup: BeautifulSoup) -> dict[str, dict]:
-    """Let wide things scroll in frames of their own, pictures lead to their full size; return the pictures by file."""
+    """Let wide things scroll in frames of their own, pictures lead to their full size; return the pictures by
+    file.
+    """
     for tag in soup.select("script, style[scoped]"):
         tag.extract()  # `scoped` is what pandas says of every table; the style sheet says it once
     for table in soup.find_all("table"):

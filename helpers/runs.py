@@ -1,4 +1,6 @@
-"""Running a notebook through papermill: nothing finished is repeated, nothing half done is taken for finished."""
+"""Running a notebook through papermill: nothing finished is repeated, nothing half done is taken for
+finished.
+"""
 
 import base64
 import io
@@ -20,19 +22,33 @@ from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
 from helpers.manifests import (
-    IN_PLACE, digest, file_prefix, is_finished, is_url, lock, log_path, notebook_address, read_manifest, replace_file,
-    run_addresses, staging_folder, upstream_notebooks, write_manifest,
-)  # fmt: skip
+    IN_PLACE,
+    digest,
+    file_prefix,
+    is_finished,
+    is_url,
+    lock,
+    log_path,
+    notebook_address,
+    read_manifest,
+    replace_file,
+    run_addresses,
+    staging_folder,
+    upstream_notebooks,
+    write_manifest,
+)
 from helpers.plans import NOTEBOOKS, PROJECT_ROOT, notebook_default
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def run_notebook(name: str, parameters: dict, output: Path) -> Path:
-    """Execute one notebook into `output`/notebooks, its figures into `output`/figures, and return the executed file.
+    """Execute one notebook into `output`/notebooks, its figures into `output`/figures, and return the
+    executed file.
 
-    Below the project root the collection itself is refreshed: the parameters are the notebook's own, and the file
-    changes only when every cell has run. Elsewhere a failed notebook is left as far as it came, with its error.
+    Below the project root the collection itself is refreshed: the parameters are the notebook's own, and the
+    file changes only when every cell has run. Elsewhere a failed notebook is left as far as it came, with its
+    error.
     """
     target = output / "notebooks" / f"{name}.ipynb"
     if output != PROJECT_ROOT:
@@ -45,7 +61,9 @@ def run_notebook(name: str, parameters: dict, output: Path) -> Path:
 
 
 def complete_plan(plan: dict[str, dict], folder: str | Path) -> Iterator[dict]:
-    """Complete the notebooks of a plan in order and yield the manifest of each, as `complete_notebook` returns it."""
+    """Complete the notebooks of a plan in order and yield the manifest of each, as `complete_notebook`
+    returns it.
+    """
     addresses, done = run_addresses(plan, folder), {}
     for name, parameters in plan.items():
         earlier = [done[other] for other in upstream_notebooks(name) if other in done]
@@ -53,8 +71,11 @@ def complete_plan(plan: dict[str, dict], folder: str | Path) -> Iterator[dict]:
         yield done[name]
 
 
-def complete_notebook(name: str, parameters: dict, folder: str | Path, addresses: dict, earlier: list[dict]) -> dict:
-    """Run a notebook unless its manifest in `folder` says that this very run is finished; return the manifest.
+def complete_notebook(
+    name: str, parameters: dict, folder: str | Path, addresses: dict, earlier: list[dict]
+) -> dict:
+    """Run a notebook unless its manifest in `folder` says that this very run is finished; return the
+    manifest.
 
     name         of the notebook
     parameters   that it runs with
@@ -62,13 +83,18 @@ def complete_notebook(name: str, parameters: dict, folder: str | Path, addresses
     addresses    what `run_addresses` returned for the plan of this run
     earlier      manifests of the notebooks that it reads from; unless all are finished, this one is held back
 
-    The manifest's `status` is finished, failed or held back; `kept` is there where nothing had to be done, and `error`
-    where something went wrong. Two calls for one notebook and folder, in whatever processes, take turns.
+    The manifest's `status` is finished, failed or held back; `kept` is there where nothing had to be done,
+    and `error` where something went wrong. Two calls for one notebook and folder, in whatever processes, take
+    turns.
     """
     manifest = {"notebook": name, "status": "failed", "log": log_path(name, folder)}
     missing = [other["notebook"] for other in earlier if other["status"] != "finished"]
     if missing:
-        return {**manifest, "status": "held back", "error": f"was held back, because {missing[0]} did not finish"}
+        return {
+            **manifest,
+            "status": "held back",
+            "error": f"was held back, because {missing[0]} did not finish",
+        }
     if notebook_address(name, parameters, addresses) != addresses[name]:
         return {**manifest, "error": "failed: its source is not what the command began with; start it again"}
     try:
@@ -84,7 +110,9 @@ def complete_notebook(name: str, parameters: dict, folder: str | Path, addresses
 
 
 def clean_notebook(path: Path) -> None:
-    """Remove progress bars and the bookkeeping of papermill and widgets from a notebook, and pack its pictures."""
+    """Remove progress bars and the bookkeeping of papermill and widgets from a notebook, and pack its
+    pictures.
+    """
     notebook = nbformat.read(path, as_version=4)
     for key in ("papermill", "widgets"):
         notebook.metadata.pop(key, None)
@@ -111,11 +139,17 @@ def _complete_here(name: str, parameters: dict, folder: Path, addresses: dict) -
     try:
         run_notebook(name, parameters, output)
         files = {os.path.relpath(path, folder): path for path in _outputs(name, output)}
-        outputs = {path: {"sha256": digest(file), "bytes": file.stat().st_size} for path, file in files.items()}
+        outputs = {
+            path: {"sha256": digest(file), "bytes": file.stat().st_size} for path, file in files.items()
+        }
         manifest |= {"status": "finished", "outputs": outputs}
     except Exception as error:
         manifest |= {"status": "failed", "error": _describe(error)}
-    manifest |= {"ended": _now(), "seconds": round(time.perf_counter() - start, 3), "log": log_path(name, folder)}
+    manifest |= {
+        "ended": _now(),
+        "seconds": round(time.perf_counter() - start, 3),
+        "log": log_path(name, folder),
+    }
     if manifest["status"] == "finished":
         write_manifest(manifest, folder)
     else:
@@ -146,14 +180,23 @@ def _complete_at_url(name: str, parameters: dict, url: str, addresses: dict) -> 
 
 
 def _execute(name: str, target: Path, parameters: dict) -> None:
-    os.environ.setdefault("PYTHONHASHSEED", "0")  # the order of sets, in which some libraries draw; the kernel inherits it
+    os.environ.setdefault(
+        "PYTHONHASHSEED", "0"
+    )  # the order of sets, in which some libraries draw; the kernel inherits it
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_suffix(".log").open("w", encoding="utf8") as log:
         try:
             papermill.execute_notebook(
-                NOTEBOOKS / f"{name}.ipynb", target, parameters, kernel_name="python3", cwd=str(PROJECT_ROOT),
-                progress_bar=False, stdout_file=log, stderr_file=log, extra_arguments=["--log-level=ERROR"],
-            )  # fmt: skip
+                NOTEBOOKS / f"{name}.ipynb",
+                target,
+                parameters,
+                kernel_name="python3",
+                cwd=str(PROJECT_ROOT),
+                progress_bar=False,
+                stdout_file=log,
+                stderr_file=log,
+                extra_arguments=["--log-level=ERROR"],
+            )
         except Exception as error:
             log.write(f"\n{error}\n")
             raise
@@ -178,7 +221,10 @@ def _provenance(name: str, parameters: dict) -> dict:
         "seed": parameters.get("seed", notebook_default(name, "seed")),
         "python": platform.python_version(),
         "packages": dict(packages),
-        "git": {"commit": git.get("commit"), "dirty": bool(git["dirty"]) if git.get("dirty") is not None else None},
+        "git": {
+            "commit": git.get("commit"),
+            "dirty": bool(git["dirty"]) if git.get("dirty") is not None else None,
+        },
         "started": _now(),
     }
 
@@ -186,7 +232,9 @@ def _provenance(name: str, parameters: dict) -> dict:
 def _describe(error: Exception) -> str:
     """Say in one line what went wrong, to go on after the notebook's name."""
     if isinstance(error, PapermillExecutionError):
-        return f"failed in cell {error.exec_count}: {error.ename}: {' '.join(error.evalue.split())}".rstrip(": ")
+        return f"failed in cell {error.exec_count}: {error.ename}: {' '.join(error.evalue.split())}".rstrip(
+            ": "
+        )
     if isinstance(error, OSError):
         return (
             f"failed: {type(error).__name__}: {error}; free space or choose another --output, then give the same "
@@ -200,7 +248,9 @@ def _now() -> str:
 
 
 def _with_palette(picture: str) -> str:
-    """Return a base64 PNG in 256 colours, that cover all and fit most: a third of the size, and rare hues stay true."""
+    """Return a base64 PNG in 256 colours, that cover all and fit most: a third of the size, and rare hues
+    stay true.
+    """
     packed = io.BytesIO()
     picture = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
     picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1).save(packed, "PNG", optimize=True)

@@ -24,7 +24,11 @@ def resolve_device(device: str = "auto") -> torch.device:
     Raises ValueError for a device that torch does not know or that this machine does not have.
     """
     if device == "auto":
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        return (
+            torch.accelerator.current_accelerator()
+            if torch.accelerator.is_available()
+            else torch.device("cpu")
+        )
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -33,22 +37,27 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 def describe_run(*packages: str) -> str:
     """Return one line that names the hardware and the versions of python and of `packages`."""
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    accelerator = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads"
+    )
     names = " · ".join(f"{package} {version(package)}" for package in packages)
     return f"{platform.machine()}, {accelerator} · python {platform.python_version()} · {names}"
 
 
 def in_batches(
     step: Callable, items: Sequence, size: int, weight: Callable | None = None, desc: str | None = None
-) -> Iterator[tuple]:  # fmt: skip
+) -> Iterator[tuple]:
     """Yield (batch, step(batch)) over slices of `items`, in smaller ones from where memory runs out.
 
     size    of a batch: so many items, or so much of their weight
     weight  weight(item) of an item, of which none after it in the list has more; None for 1 each
     desc    title of a progress bar; None for no bar
 
-    A batch that does not fit is halved, with a warning, and the size stays halved. What was yielded is not computed
-    again. Raises the out-of-memory error where not even one item fits, ValueError for a size below 1.
+    A batch that does not fit is halved, with a warning, and the size stays halved. What was yielded is not
+    computed again. Raises the out-of-memory error where not even one item fits, ValueError for a size below
+    1.
     """
     if size < 1:
         raise ValueError(f"a batch needs room for one input or more, not {size}")
@@ -63,7 +72,9 @@ def in_batches(
                 if not _is_lack_of_memory(error):
                     raise
                 if len(batch) == 1:
-                    error.add_note("not even one input fits; shorten it, or use device='cpu' or precision='bfloat16'")
+                    error.add_note(
+                        "not even one input fits; shorten it, or use device='cpu' or precision='bfloat16'"
+                    )
                     raise
                 size = len(batch) // 2 * each
             else:
@@ -72,7 +83,10 @@ def in_batches(
                 bar.update(len(batch))
                 continue
             clear_device_cache(garbage_collection=True)  # here the failed batch is not referred to any more
-            warnings.warn(f"{len(batch)} inputs at a time do not fit into memory; going on with {size // each}", stacklevel=2)
+            warnings.warn(
+                f"{len(batch)} inputs at a time do not fit into memory; going on with {size // each}",
+                stacklevel=2,
+            )
 
 
 @dataclass
@@ -90,7 +104,8 @@ class Cost:
 
 @contextmanager
 def measure_cost(model: torch.nn.Module):
-    """Measure the enclosed block: wall-clock seconds, and how many inputs went forward and backward through `model`.
+    """Measure the enclosed block: wall-clock seconds, and how many inputs went forward and backward through
+    `model`.
 
     Yields a Cost, complete when the block ends. A batch of 8 counts as 8 forwards.
     """
@@ -143,7 +158,9 @@ def save_table(table, folder: Path, name: str) -> None:
 
 
 def save_records(records, folder: Path, name: str) -> None:
-    """Write a DataFrame with one line an input, or a token, to `folder`/results/`name`.parquet for other notebooks."""
+    """Write a DataFrame with one line an input, or a token, to `folder`/results/`name`.parquet for other
+    notebooks.
+    """
     path = folder / "results" / f"{name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     records.to_parquet(path, index=False, compression="zstd")
@@ -165,26 +182,32 @@ def save_results(results: dict, folder: Path, name: str) -> Path:
 def load_results(folder: Path, name: str, **expected) -> dict:
     """Read the headline numbers of a notebook, made with the `expected` parameters.
 
-    Raises FileNotFoundError where the notebook has not run into `folder`, ValueError where it ran with other parameters;
-    both say how to make them.
+    Raises FileNotFoundError where the notebook has not run into `folder`, ValueError where it ran with other
+    parameters; both say how to make them.
     """
     path = _made_by(name, folder / "results" / f"{name}.json")
     results = json.loads(path.read_text(encoding="utf8"))
     differing = {key: value for key, value in expected.items() if results.get(key) != value}
     if differing:
         found = ", ".join(f"{key} {results.get(key)!r} and not {value!r}" for key, value in differing.items())
-        raise ValueError(f"{path.name} was made with {found}; run {name} and this notebook with the same parameters")
+        raise ValueError(
+            f"{path.name} was made with {found}; run {name} and this notebook with the same parameters"
+        )
     return results
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    """Tell whether accelerate takes an error for a lack of memory, or it is a form that accelerate does not know."""
+    """Tell whether accelerate takes an error for a lack of memory, or it is a form that accelerate does not
+    know.
+    """
     known = isinstance(error, MemoryError) or should_reduce_batch_size(error)
     return known or any(part in str(error) for part in ("out of memory", "STATUS_ALLOC_FAILED"))
 
 
 def _made_by(name: str, path: Path) -> Path:
-    """Return the path of a result if it is there; `name` starts with the number of the notebook that makes it."""
+    """Return the path of a result if it is there; `name` starts with the number of the notebook that makes
+    it.
+    """
     if not path.exists():
         [notebook] = [file.stem for file in sorted((PROJECT_ROOT / "notebooks").glob(f"{name[:2]}_*.ipynb"))]
         raise FileNotFoundError(

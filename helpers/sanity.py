@@ -1,4 +1,5 @@
-"""Does an explanation depend on what the model has learned? Randomise its weights step by step, and look again.
+"""Does an explanation depend on what the model has learned? Randomise its weights step by step, and look
+again.
 
 Source: Adebayo et al. (2018), Sanity checks for saliency maps.
 """
@@ -14,10 +15,12 @@ from helpers.models import transformer_blocks
 
 
 def randomisation_cascade(model, seed: int = 0) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield (step, model) as the weights of a copy are drawn anew, from the head down: "head", last block, ..., "embeddings".
+    """Yield (step, model) as the weights of a copy are drawn anew, from the head down: "head", last block,
+    ..., "embeddings".
 
-    Every step keeps the randomness of the steps before it. Weights are drawn as the model's own class draws them before
-    training. The model itself is left as it is; what is yielded is one object, changed from step to step.
+    Every step keeps the randomness of the steps before it. Weights are drawn as the model's own class draws
+    them before training. The model itself is left as it is; what is yielded is one object, changed from step
+    to step.
     """
     randomised = copy.deepcopy(model)
     blocks = transformer_blocks(randomised)
@@ -25,7 +28,9 @@ def randomisation_cascade(model, seed: int = 0) -> Iterator[tuple[str, torch.nn.
     modules = list(randomised.modules())  # in the order of the forward pass: embeddings, blocks, head
     first = modules.index(blocks[0])
     steps = [("head", [module for module in modules[first:] if id(module) not in inside])]
-    steps += [(f"block {number}", list(block.modules())) for number, block in reversed(list(enumerate(blocks)))]
+    steps += [
+        (f"block {number}", list(block.modules())) for number, block in reversed(list(enumerate(blocks)))
+    ]
     steps.append(("embeddings", modules[:first]))
     for number, (name, chosen) in enumerate(steps):
         with torch.random.fork_rng():
@@ -36,10 +41,12 @@ def randomisation_cascade(model, seed: int = 0) -> Iterator[tuple[str, torch.nn.
 
 
 def rank_correlations(first: torch.Tensor, second: torch.Tensor, players: torch.Tensor) -> np.ndarray:
-    """Return Spearman's correlation between two attributions (batch, tokens) at the players of each input, (batch,).
+    """Return Spearman's correlation between two attributions (batch, tokens) at the players of each input,
+    (batch,).
 
-    NaN where an input has fewer than three players, or one of the two ranks nothing there. Before a mean over inputs, take
-    the size |ρ| where a reversed order counts as the same one: signs that differ from input to input would cancel.
+    NaN where an input has fewer than three players, or one of the two ranks nothing there. Before a mean over
+    inputs, take the size |ρ| where a reversed order counts as the same one: signs that differ from input to
+    input would cancel.
     """
     found = np.full(len(players), np.nan)
     for row, (one, two, playing) in enumerate(zip(first.cpu(), second.cpu(), players.cpu(), strict=True)):
@@ -51,7 +58,9 @@ def rank_correlations(first: torch.Tensor, second: torch.Tensor, players: torch.
 
 @torch.no_grad()
 def _draw_again(model, module) -> None:
-    """Draw a module's own weights as its model class does, or its plain parameters from a normal distribution."""
+    """Draw a module's own weights as its model class does, or its plain parameters from a normal
+    distribution.
+    """
     own = dict(module.named_parameters(recurse=False))
     for parameter in own.values():
         parameter._is_hf_initialized = False

@@ -27,12 +27,16 @@ def pairwise_matrix(maps: AttentionMaps, weighting: str = "attention") -> torch.
         return maps.weights.mean((1, 2))
     if maps.gradients is None:
         raise ValueError("weighting 'gradient' needs gradients; call read_attention(..., gradients=True)")
-    layers = zip(maps.weights.unbind(1), maps.gradients.unbind(1), strict=True)  # one layer at a time keeps memory flat
+    layers = zip(
+        maps.weights.unbind(1), maps.gradients.unbind(1), strict=True
+    )  # one layer at a time keeps memory flat
     return sum((weights * gradients.relu()).mean(1) for weights, gradients in layers) / maps.weights.shape[1]
 
 
 def pair_values(matrix: torch.Tensor, game: str) -> torch.Tensor:
-    """Return w (..., n, n), the value that each pair of players adds in a pairwise game; its diagonal is zero."""
+    """Return w (..., n, n), the value that each pair of players adds in a pairwise game; its diagonal is
+    zero.
+    """
     _check_game(game)
     transposed = matrix.transpose(-1, -2)
     values = matrix + transposed if game == "mutual" else torch.maximum(matrix, transposed)
@@ -44,14 +48,16 @@ def coalition_values(matrix: torch.Tensor, coalitions: torch.Tensor, game: str) 
 
     matrix      (n, n) attention among n tokens, from `pairwise_matrix`
     coalitions  bool (count, n), one coalition a row
-    game        "cls": Σ_{i∈S} M[cls, i]; "mutual": Σ_{i<j∈S} M[i,j] + M[j,i]; "max_mutual": Σ_{i<j∈S} max(M[i,j], M[j,i]).
-                In the two pairwise games v({i}) = M[i, i].
+    game        "cls": Σ_{i∈S} M[cls, i]; "mutual": Σ_{i<j∈S} M[i,j] + M[j,i]; "max_mutual": Σ_{i<j∈S}
+                max(M[i,j], M[j,i]). In the two pairwise games v({i}) = M[i, i].
 
     Raises ValueError for an unknown game or coalitions of another width than the matrix.
     """
     _check_game(game)
     if coalitions.shape[-1] != matrix.shape[-1]:
-        raise ValueError(f"coalitions of {coalitions.shape[-1]} players do not fit a matrix of {matrix.shape[-1]} tokens")
+        raise ValueError(
+            f"coalitions of {coalitions.shape[-1]} players do not fit a matrix of {matrix.shape[-1]} tokens"
+        )
     member = coalitions.to(matrix.dtype)
     if game == "cls":
         return member @ matrix[CLS]
@@ -61,24 +67,30 @@ def coalition_values(matrix: torch.Tensor, coalitions: torch.Tensor, game: str) 
 
 
 def attention_shapley(matrix: torch.Tensor, players: torch.Tensor, game: str = "cls") -> torch.Tensor:
-    """Return the exact Shapley values of an attention game, (batch, tokens), zero off the players, in O(tokens²).
+    """Return the exact Shapley values of an attention game, (batch, tokens), zero off the players, in
+    O(tokens²).
 
     matrix   (batch, tokens, tokens), from `pairwise_matrix`
     players  bool (batch, tokens), the tokens that may be in a coalition
     game     as in `coalition_values`
 
-    cls is additive: φ_i = M[cls, i]. A pairwise game of n ≥ 2 players is a sum of pair games and singleton games, so
-    φ_i = M[i,i]/n − Σ_{j≠i} M[j,j]/(n(n−1)) + ½ Σ_{j≠i} w_ij.
-    Raises ValueError for an unknown game, non-finite attention, shapes that do not fit, or an input without players.
+    cls is additive: φ_i = M[cls, i]. A pairwise game of n ≥ 2 players is a sum of pair games and singleton
+    games, so φ_i = M[i,i]/n − Σ_{j≠i} M[j,j]/(n(n−1)) + ½ Σ_{j≠i} w_ij.
+    Raises ValueError for an unknown game, non-finite attention, shapes that do not fit, or an input without
+    players.
     """
     _check_game(game)
     if matrix.ndim != 3 or players.shape != matrix.shape[:-1] or matrix.shape[-1] != matrix.shape[-2]:
-        raise ValueError(f"matrix {tuple(matrix.shape)} and players {tuple(players.shape)} must be (b, t, t) and (b, t)")
+        raise ValueError(
+            f"matrix {tuple(matrix.shape)} and players {tuple(players.shape)} must be (b, t, t) and (b, t)"
+        )
     if not torch.isfinite(matrix).all():
         raise ValueError("the attention matrix holds NaN or infinity")
     n = players.sum(-1, keepdim=True)
     if (n == 0).any():
-        raise ValueError(f"input {(n == 0).squeeze(-1).nonzero()[0].item()} has no players, so there is nothing to explain")
+        raise ValueError(
+            f"input {(n == 0).squeeze(-1).nonzero()[0].item()} has no players, so there is nothing to explain"
+        )
     if game == "cls":
         return matrix[:, CLS] * players
     member = players.to(matrix.dtype)
@@ -109,7 +121,10 @@ def enumerate_shapley(
     values = value(all_coalitions(n_players))
     v, rows = values.double(), torch.arange(2**n_players, device=values.device)
     size = sum((rows >> player) & 1 for player in range(n_players))
-    weight = [math.factorial(s) * math.factorial(n_players - s - 1) / math.factorial(n_players) for s in range(n_players)]
+    weight = [
+        math.factorial(s) * math.factorial(n_players - s - 1) / math.factorial(n_players)
+        for s in range(n_players)
+    ]
     weight = torch.tensor(weight, dtype=v.dtype, device=v.device)
     shapley = []
     for player in range(n_players):
@@ -121,35 +136,48 @@ def enumerate_shapley(
 def sampled_shapley(
     value: Callable[[torch.Tensor], torch.Tensor], n_players: int, budget: int, seed: int = 0
 ) -> torch.Tensor:
-    """Return unbiased estimates (n_players,) from at most `budget` coalitions: permutation sampling of shapiq.
+    """Return unbiased estimates (n_players,) from at most `budget` coalitions: permutation sampling of
+    shapiq.
 
-    Source: Castro, Gómez and Tejada (2009). `value` as in `enumerate_shapley`. Raises ValueError where the budget does
-    not pay for one permutation, n_players + 1 coalitions.
+    Source: Castro, Gómez and Tejada (2009). `value` as in `enumerate_shapley`. Raises ValueError where the
+    budget does not pay for one permutation, n_players + 1 coalitions.
     """
     from shapiq import PermutationSamplingSV  # heavy, and only this function needs it
 
     if budget < n_players + 1:
-        raise ValueError(f"a budget of {budget} coalitions does not pay for one permutation of {n_players} players")
+        raise ValueError(
+            f"a budget of {budget} coalitions does not pay for one permutation of {n_players} players"
+        )
     estimator = PermutationSamplingSV(n_players, random_state=seed)
-    game = lambda coalitions: value(torch.from_numpy(coalitions.reshape(-1, n_players))).double().cpu().numpy()  # noqa: E731
+    game = lambda coalitions: (
+        value(torch.from_numpy(coalitions.reshape(-1, n_players))).double().cpu().numpy()
+    )
     return torch.from_numpy(estimator.approximate(budget, game).get_n_order_values(1)).float()
 
 
 def published_sampling(
-    matrix: torch.Tensor, players: torch.Tensor, game: str = "max_mutual", n_coalitions: int = 100,
-    sizes: str = "uniform", seed: int = 0,
-) -> torch.Tensor:  # fmt: skip
-    """Return the paper's sampled attributions (batch, tokens), kept to measure how far they are from the exact values.
+    matrix: torch.Tensor,
+    players: torch.Tensor,
+    game: str = "max_mutual",
+    n_coalitions: int = 100,
+    sizes: str = "uniform",
+    seed: int = 0,
+) -> torch.Tensor:
+    """Return the paper's sampled attributions (batch, tokens), kept to measure how far they are from the
+    exact values.
 
-    φ_i = Σ_S [v(S∪i) − v(S∖i)] / (n · C(n−1, |S∖i|)) over the sampled S, without the normalisation that would make it
-    an unbiased estimate. sizes="uniform" lets each player in with probability ½; "kernel" draws |S| from the
-    KernelSHAP kernel, (n−1) / (C(n,s) · s · (n−s)) for each coalition of size s, then the members evenly.
+    φ_i = Σ_S [v(S∪i) − v(S∖i)] / (n · C(n−1, |S∖i|)) over the sampled S, without the normalisation that would
+    make it an unbiased estimate. sizes="uniform" lets each player in with probability ½; "kernel" draws |S|
+    from the KernelSHAP kernel, (n−1) / (C(n,s) · s · (n−s)) for each coalition of size s, then the members
+    evenly.
     """
     _check_sizes(sizes)
     if n_coalitions < 1:
         raise ValueError(f"n_coalitions must be at least 1, not {n_coalitions}")
     generator = torch.Generator().manual_seed(seed)
-    result = torch.zeros_like(matrix[:, 0], dtype=torch.double)  # 1/C(n−1, s) underflows single precision from n ≈ 150
+    result = torch.zeros_like(
+        matrix[:, 0], dtype=torch.double
+    )  # 1/C(n−1, s) underflows single precision from n ≈ 150
     for row, (attention, playing) in enumerate(zip(matrix, players, strict=True)):
         tokens = playing.nonzero().squeeze(-1)
         n = len(tokens)
@@ -168,11 +196,13 @@ def published_sampling(
 def published_limit(
     matrix: torch.Tensor, players: torch.Tensor, game: str = "max_mutual", sizes: str = "uniform"
 ) -> torch.Tensor:
-    """Return what a coalition adds to `published_sampling` on average, (batch, tokens): the proportions that it tends to.
+    """Return what a coalition adds to `published_sampling` on average, (batch, tokens): the proportions that
+    it tends to.
 
     With t players of S beside i, which happens with probability q_t, a pairwise game gives
     E φ_i = Σ_t q_t / (n · C(n−1, t)) · [t/(n−1) Σ_{j≠i} w_ij + (t=0) M[i,i] − (t=1) Σ_{j≠i} M[j,j]/(n−1)].
-    For "uniform" sizes that is the exact value, divided by 2^(n−1). Ours. Raises ValueError as `published_sampling` does.
+    For "uniform" sizes that is the exact value, divided by 2^(n−1). Ours. Raises ValueError as
+    `published_sampling` does.
     """
     _check_sizes(sizes)
     _check_game(game)
@@ -188,8 +218,13 @@ def published_limit(
         if game == "cls":
             result[row, playing] = attention[CLS][playing] * weight.sum()
             continue
-        own, pairs = attention.diagonal()[playing], pair_values(attention[playing][:, playing], game).sum(-1) / others
-        result[row, playing] = pairs * (weight * t).sum() + own * weight[0] - (own.sum() - own) / others * weight[1:2].sum()
+        own, pairs = (
+            attention.diagonal()[playing],
+            pair_values(attention[playing][:, playing], game).sum(-1) / others,
+        )
+        result[row, playing] = (
+            pairs * (weight * t).sum() + own * weight[0] - (own.sum() - own) / others * weight[1:2].sum()
+        )
     return result
 
 

@@ -14,7 +14,15 @@ import fsspec
 from dask.system import CPU_COUNT
 from distributed import Client, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
 
-from helpers.manifests import log_path, read_plan, run_addresses, run_folder, run_states, upstream_notebooks, write_text
+from helpers.manifests import (
+    log_path,
+    read_plan,
+    run_addresses,
+    run_folder,
+    run_states,
+    upstream_notebooks,
+    write_text,
+)
 from helpers.runs import complete_notebook
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
@@ -23,7 +31,8 @@ GPU = {"GPU": 1}  # what a notebook asks of a worker, and what `dask worker --re
 
 @contextmanager
 def local_workers(count: int | None, tasks: int, gpu: bool = False):
-    """Start worker processes here for the length of a block, which share the cores, or own a GPU each. Yields a client.
+    """Start worker processes here for the length of a block, which share the cores, or own a GPU each. Yields
+    a client.
 
     count   of workers; None for one a core, or a GPU
     tasks   that wait for them, and are not fewer than the workers
@@ -37,16 +46,26 @@ def local_workers(count: int | None, tasks: int, gpu: bool = False):
     if gpu and count > len(gpus):
         found = f"{count} workers need a GPU each, and here are {len(gpus)}"
         raise ValueError(f"{found}; give fewer --workers, or no --gpu")
-    share = os.environ.get("OMP_NUM_THREADS", str(max(1, CPU_COUNT // count)))  # what is set for one is meant for all
+    share = os.environ.get(
+        "OMP_NUM_THREADS", str(max(1, CPU_COUNT // count))
+    )  # what is set for one is meant for all
     threads = {name: os.environ.get(name, share) for name in THREADS}
     quiet, workers = {"host": "127.0.0.1", "dashboard": False}, {}
     common = {**quiet, "nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
-    common["config"] = {"distributed.worker.profile.enabled": False}  # it would sample what waits for a notebook
+    common["config"] = {
+        "distributed.worker.profile.enabled": False
+    }  # it would sample what waits for a notebook
     for index in range(count):
-        own = {"env": {**threads, "CUDA_VISIBLE_DEVICES": gpus[index]}, "resources": GPU} if gpu else {"env": threads}
+        own = (
+            {"env": {**threads, "CUDA_VISIBLE_DEVICES": gpus[index]}, "resources": GPU}
+            if gpu
+            else {"env": threads}
+        )
         workers[index] = {"cls": Nanny, "options": {**common, **own}}
     scheduler = {"cls": Scheduler, "options": {**quiet, "port": 0, "dashboard_address": "127.0.0.1:0"}}
-    patience = {"distributed.deploy.lost-worker-timeout": "1 hour"}  # a worker that restarts slowly is still awaited
+    patience = {
+        "distributed.deploy.lost-worker-timeout": "1 hour"
+    }  # a worker that restarts slowly is still awaited
     with dask.config.set(patience), SpecCluster(workers, scheduler, silence_logs=logging.CRITICAL) as cluster:
         with Client(cluster) as client:
             yield client
@@ -68,11 +87,15 @@ def cluster_workers(address: str, gpu: bool = False):
     with client:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         if not any(worker["resources"].get("GPU") for worker in workers) if gpu else not workers:
-            logging.warning("no worker%s is there yet; waiting for one", " with the resource GPU=1" if gpu else "")
+            logging.warning(
+                "no worker%s is there yet; waiting for one", " with the resource GPU=1" if gpu else ""
+            )
         yield client
 
 
-def complete_sweep(runs: dict[str, dict], folder: str | Path, client: Client, gpu: bool = False) -> Iterator[tuple]:
+def complete_sweep(
+    runs: dict[str, dict], folder: str | Path, client: Client, gpu: bool = False
+) -> Iterator[tuple]:
     """Complete every notebook of every run on the client's workers; yield (run, manifest) as they come.
 
     runs     as `plan_sweep` returns them
@@ -88,7 +111,9 @@ def complete_sweep(runs: dict[str, dict], folder: str | Path, client: Client, gp
         for name, parameters in about["plan"].items():
             earlier = [futures[other] for other in upstream_notebooks(name) if other in futures]
             what = name, parameters, str(place), addresses, earlier
-            futures[name] = client.submit(_complete_on_worker, *what, pure=False, resources=GPU if gpu else None)
+            futures[name] = client.submit(
+                _complete_on_worker, *what, pure=False, resources=GPU if gpu else None
+            )
             asked[futures[name]] = run, name, place
     for future in as_completed(asked):
         run, name, place = asked[future]
@@ -98,14 +123,22 @@ def complete_sweep(runs: dict[str, dict], folder: str | Path, client: Client, gp
         else:
             lost = isinstance(error, KilledWorker)
             what = "it took one worker after another with it" if lost else f"{type(error).__name__}: {error}"
-            yield run, {"notebook": name, "status": "failed", "error": f"failed: {what}", "log": log_path(name, place)}
+            yield (
+                run,
+                {
+                    "notebook": name,
+                    "status": "failed",
+                    "error": f"failed: {what}",
+                    "log": log_path(name, place),
+                },
+            )
 
 
 def gather_metrics(folder: str | Path) -> int:
     """Write metrics.csv of all finished runs in `folder` and return the number of its rows.
 
-    Its columns are run, notebook, a column for each parameter that varies, metric and value: the metrics are the
-    numbers of results/NOTEBOOK.json, with dots between the names that lead to them.
+    Its columns are run, notebook, a column for each parameter that varies, metric and value: the metrics are
+    the numbers of results/NOTEBOOK.json, with dots between the names that lead to them.
     """
     fs, root = fsspec.url_to_fs(str(folder))
     varied = {run: about["varied"] for run, about in read_plan(folder).items()}
@@ -125,8 +158,8 @@ def gather_metrics(folder: str | Path) -> int:
 
 
 def _complete_on_worker(*what) -> dict:
-    """Complete a notebook in a kernel that keeps the memory it has freed: Dask lets workers give it back at once, which
-    makes every tensor cost page faults, a quarter of the time of two notebooks at once.
+    """Complete a notebook in a kernel that keeps the memory it has freed: Dask lets workers give it back at
+    once, which makes every tensor cost page faults, a quarter of the time of two notebooks at once.
     """
     os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)
     return complete_notebook(*what)

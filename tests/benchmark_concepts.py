@@ -1,9 +1,9 @@
 """Concept training against the straightforward loop: python -m pytest tests/benchmark_concepts.py
 
-The loop makes one CAV after another, of each draw, layer and concept: it encodes the concept's and the drawn images,
-takes that layer, and fits with lbfgs. Ours encodes every image once and fits all draws of all layers together. Both
-score the same target images; that is part of our time and not of the loop's. lbfgs gets our tolerance: at its default,
-1e-4, it stops so early that scores are off by up to 0.12.
+The loop makes one CAV after another, of each draw, layer and concept: it encodes the concept's and the drawn
+images, takes that layer, and fits with lbfgs. Ours encodes every image once and fits all draws of all layers
+together. Both score the same target images; that is part of our time and not of the loop's. lbfgs gets our
+tolerance: at its default, 1e-4, it stops so early that scores are off by up to 0.12.
 """
 
 import time
@@ -35,13 +35,17 @@ def study():
     if not (MODEL / "model.safetensors").exists():
         pytest.skip("the concept-world model is not trained; run data/models/concept_vit/train.py")
     model, processor = load_image_classifier(str(MODEL), "cpu")
-    sources = {name: processor(list(draw_concept_images(name, N_IMAGES)), return_tensors="pt") for name in TEXTURES}
+    sources = {
+        name: processor(list(draw_concept_images(name, N_IMAGES)), return_tensors="pt") for name in TEXTURES
+    }
     scenes = draw_scenes(N_TARGETS, seed=1, labels=[TARGET] * N_TARGETS)
     return model, sources, processor(list(scenes.images), return_tensors="pt")
 
 
 def cpu_seconds():
-    """Return the CPU time of this process and its workers so far, which other programs on the machine disturb less."""
+    """Return the CPU time of this process and its workers so far, which other programs on the machine disturb
+    less.
+    """
     process = psutil.Process()
     return sum(sum(part.cpu_times()[:2]) for part in (process, *process.children(recursive=True)))
 
@@ -59,27 +63,42 @@ def loop(model, sources):
         for concept in sources:
             for draw in range(LOOP_DRAWS):
                 start = time.perf_counter()
-                pool = torch.cat([inputs["pixel_values"] for name, inputs in sources.items() if name != concept])
+                pool = torch.cat(
+                    [inputs["pixel_values"] for name, inputs in sources.items() if name != concept]
+                )
                 drawn = np.sort(np.random.default_rng(draw).choice(len(pool), N_IMAGES, replace=False))
-                sides = [encode(model, pixels, layer) for pixels in (sources[concept]["pixel_values"], pool[drawn])]
+                sides = [
+                    encode(model, pixels, layer) for pixels in (sources[concept]["pixel_values"], pool[drawn])
+                ]
                 encoded = time.perf_counter()
                 rows, labels = np.concatenate(sides), np.repeat([1, 0], [len(side) for side in sides])
                 cav = LogisticRegression(tol=1e-6, max_iter=10_000).fit(rows, labels).coef_[0]
                 vectors.append(cav / np.linalg.norm(cav))
                 encoding, fitting = encoding + encoded - start, fitting + time.perf_counter() - encoded
-    return np.reshape(vectors, (-1, len(sources), LOOP_DRAWS, rows.shape[1])), {"encode": encoding, "fit": fitting}
+    return np.reshape(vectors, (-1, len(sources), LOOP_DRAWS, rows.shape[1])), {
+        "encode": encoding,
+        "fit": fitting,
+    }
 
 
 def ours(model, sources, targets, cache_dir, n_draws):
-    """Return TTCAV scores (layers, concepts, draws), CAVs, and the seconds of each part, from an empty cache."""
+    """Return TTCAV scores (layers, concepts, draws), CAVs, and the seconds of each part, from an empty
+    cache.
+    """
     marks = [time.perf_counter()]
-    activations = {name: collect_activations(model, inputs, cache_dir=cache_dir) for name, inputs in sources.items()}
+    activations = {
+        name: collect_activations(model, inputs, cache_dir=cache_dir) for name, inputs in sources.items()
+    }
     marks.append(time.perf_counter())
     cavs = fit_cavs(activations, n_draws)
     marks.append(time.perf_counter())
     scores = image_scores(model, targets, TARGET, {"relative": cavs})["relative"]["attention"]
     marks.append(time.perf_counter())
-    return (scores > 0).mean(-2), cavs, dict(zip(("encode", "fit", "score"), np.diff(marks).tolist(), strict=True))
+    return (
+        (scores > 0).mean(-2),
+        cavs,
+        dict(zip(("encode", "fit", "score"), np.diff(marks).tolist(), strict=True)),
+    )
 
 
 def test_a_draw_costs_a_twentieth_of_the_loops_and_scores_the_same(study, benchmark, tmp_path):
@@ -98,11 +117,17 @@ def test_a_draw_costs_a_twentieth_of_the_loops_and_scores_the_same(study, benchm
     mine = sum(seconds.values()) / N_DRAWS
     times = sum(a_draw.values()) / mine
     shared = (a_draw["encode"] / len(cavs.layers) + a_draw["fit"]) / mine
-    print(f"\n{describe_run('torch', 'scikit-learn')}, {joblib.cpu_count()} cores, load {psutil.getloadavg()[0]:.1f}")
+    print(
+        f"\n{describe_run('torch', 'scikit-learn')}, {joblib.cpu_count()} cores, load {psutil.getloadavg()[0]:.1f}"
+    )
     print("loop, seconds a draw:", {name: round(value, 2) for name, value in a_draw.items()})
     print(f"ours, seconds for {N_DRAWS} draws:", {name: round(value, 2) for name, value in seconds.items()})
-    print(f"{mine:.3f} s a draw, {times:.1f} times faster; {shared:.1f} times, if the loop shared passes among layers")
-    print(f"CPU seconds a draw: loop {(cpu[1] - cpu[0]) / LOOP_DRAWS:.2f}, ours {(cpu[2] - cpu[1]) / N_DRAWS:.3f}")
+    print(
+        f"{mine:.3f} s a draw, {times:.1f} times faster; {shared:.1f} times, if the loop shared passes among layers"
+    )
+    print(
+        f"CPU seconds a draw: loop {(cpu[1] - cpu[0]) / LOOP_DRAWS:.2f}, ours {(cpu[2] - cpu[1]) / N_DRAWS:.3f}"
+    )
     print(f"scores differ by at most {difference.max():.3f}, {difference.mean():.4f} in the mean")
     benchmark.extra_info.update(times_faster=times, largest_difference=float(difference.max()))
     assert sum(seconds.values()) <= 180
@@ -113,12 +138,16 @@ def test_a_draw_costs_a_twentieth_of_the_loops_and_scores_the_same(study, benchm
 def test_memory_does_not_grow_with_draws(study, tmp_path):
     """The workers hold two copies of one fit's rows each; the parent holds the vectors alone."""
     model, sources, _ = study
-    activations = {name: collect_activations(model, inputs, cache_dir=tmp_path) for name, inputs in sources.items()}
+    activations = {
+        name: collect_activations(model, inputs, cache_dir=tmp_path) for name, inputs in sources.items()
+    }
 
     def held(n_draws):
         fit_cavs(activations, n_draws, kind="mean_difference", n_jobs=2)
         process = psutil.Process()
-        return sum(part.memory_full_info().uss for part in (process, *process.children(recursive=True))) / 2**20
+        return (
+            sum(part.memory_full_info().uss for part in (process, *process.children(recursive=True))) / 2**20
+        )
 
     few, many = held(4), held(40)
     print(f"\nmemory of the parent and its workers after 4 and after 40 draws: {few:.0f} and {many:.0f} MB")

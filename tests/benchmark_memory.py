@@ -1,4 +1,5 @@
-"""What reading attention takes at BERT-base's shapes and 512 tokens: memory by what is asked for, and half precision.
+"""What reading attention takes at BERT-base's shapes and 512 tokens: memory by what is asked for, and half
+precision.
 
     python -m pytest tests/benchmark_memory.py
 
@@ -34,14 +35,26 @@ def inputs():
 def read(model, inputs, **options):
     """Read attention and average it into the matrices that the games are played on."""
     maps = read_attention(model, inputs, **options)
-    return [pairwise_matrix(maps, kind) for kind in WEIGHTINGS if kind == "attention" or options.get("gradients")]
+    return [
+        pairwise_matrix(maps, kind) for kind in WEIGHTINGS if kind == "attention" or options.get("gradients")
+    ]
 
 
 def test_averaged_heads_take_a_fraction_of_the_memory(model, inputs, capsys):
-    asked = {"averaged heads": {"mean_heads": True}, "attention": {}, "attention and gradients": {"gradients": True}}
-    peaks = {name: memory(lambda options=options: read(model, inputs, **options))[0] / 2**20 for name, options in asked.items()}
+    asked = {
+        "averaged heads": {"mean_heads": True},
+        "attention": {},
+        "attention and gradients": {"gradients": True},
+    }
+    peaks = {
+        name: memory(lambda options=options: read(model, inputs, **options))[0] / 2**20
+        for name, options in asked.items()
+    }
     with capsys.disabled():
-        print(f"\n{BATCH} × {TOKENS} tokens, peak of tensors: " + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in peaks.items()))
+        print(
+            f"\n{BATCH} × {TOKENS} tokens, peak of tensors: "
+            + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in peaks.items())
+        )
     assert peaks["averaged heads"] < peaks["attention"] / 3 < peaks["attention and gradients"] / 4
 
 
@@ -49,7 +62,7 @@ def test_half_precision_time_and_memory(model, inputs, capsys):
     seconds, peaks = {}, {}
     for precision in ("float32", "bfloat16"):
         set_precision(model, precision)
-        run = lambda: read(model, inputs, gradients=True)  # noqa: E731
+        run = lambda: read(model, inputs, gradients=True)
         run()
         start = time.perf_counter()
         run()

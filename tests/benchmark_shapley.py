@@ -1,9 +1,11 @@
-"""What attribution costs: against the bare passes of the model, and against the same rows written sentence by sentence.
+"""What attribution costs: against the bare passes of the model, and against the same rows written sentence by
+sentence.
 
     python -m pytest tests/benchmark_shapley.py
 
-The sentence-by-sentence side is written from the formulas as one writes them first: every row asks the model again, the
-gradient rows run one backward pass for each sentence, max_mutual enumerates its coalitions, erasure shares nothing.
+The sentence-by-sentence side is written from the formulas as one writes them first: every row asks the model
+again, the gradient rows run one backward pass for each sentence, max_mutual enumerates its coalitions,
+erasure shares nothing.
 """
 
 import itertools
@@ -24,7 +26,13 @@ from helpers.shapley import GAMES, WEIGHTINGS, attention_shapley, pairwise_matri
 
 N_SENTENCES, LONGEST, BATCH = 64, 10, 32
 SHAPLEY_ROWS = list(itertools.product(WEIGHTINGS, GAMES))
-ROWS = [*(f"{weighting} {game}" for weighting, game in SHAPLEY_ROWS), "row sum", "received", "rollout", "Grad-SAM"]
+ROWS = [
+    *(f"{weighting} {game}" for weighting, game in SHAPLEY_ROWS),
+    "row sum",
+    "received",
+    "rollout",
+    "Grad-SAM",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +51,7 @@ def classifier():
 @pytest.fixture(scope="module")
 def texts(classifier):
     """64 movie sentences of at most 10 tokens, shortest first."""
-    count = lambda text: len(classifier[1].tokenize(text))  # noqa: E731
+    count = lambda text: len(classifier[1].tokenize(text))
     short = [text for text in load_sentences("movies_short", "test")["text"] if 2 < count(text) <= LONGEST]
     return sorted(short[:N_SENTENCES], key=count)
 
@@ -82,7 +90,11 @@ def all_rows(maps, players):
     """Every attention and gradient row of one batch, (rows, batch, tokens)."""
     matrices = {weighting: pairwise_matrix(maps, weighting) for weighting in WEIGHTINGS}
     rows = [attention_shapley(matrices[weighting], players, game) for weighting, game in SHAPLEY_ROWS]
-    rows += [baselines.attention_row_sum(maps), baselines.attention_received(maps), baselines.attention_rollout(maps)]
+    rows += [
+        baselines.attention_row_sum(maps),
+        baselines.attention_received(maps),
+        baselines.attention_rollout(maps),
+    ]
     return torch.stack([*rows, baselines.grad_sam(maps)]) * players
 
 
@@ -190,12 +202,16 @@ def plain_scores(ids, players, values, model, mask):
 
 @pytest.fixture(scope="module")
 def sides(classifier, texts):
-    """Both sides in turn, row after row: plain seconds of attributions and of erasure, best of ours, plain scores."""
+    """Both sides in turn, row after row: plain seconds of attributions and of erasure, best of ours, plain
+    scores.
+    """
     model, tokenizer = classifier
     attributions, erasure, scores, best = 0.0, 0.0, [], dict.fromkeys(("attributions", "scores"), math.inf)
     for row in ROWS:
         with unfrozen(model):
-            runs = [timed(lambda row=row: [plain_row(row, text, *classifier) for text in texts]) for _ in range(2)]
+            runs = [
+                timed(lambda row=row: [plain_row(row, text, *classifier) for text in texts]) for _ in range(2)
+            ]
         attributions += min(seconds for seconds, _ in runs)
         found = runs[0][1]
         seconds, scored = timed(
@@ -204,7 +220,9 @@ def sides(classifier, texts):
         erasure += seconds
         scores.append(scored)
         ours = best_seconds(
-            2, attributions=lambda: our_attributions(texts, *classifier), scores=lambda: our_scores(texts, *classifier)
+            2,
+            attributions=lambda: our_attributions(texts, *classifier),
+            scores=lambda: our_scores(texts, *classifier),
         )
         best = {name: min(best[name], seconds) for name, seconds in ours.items()}
     return attributions, erasure, best, torch.tensor(scores).permute(2, 0, 1)
@@ -248,31 +266,41 @@ def test_all_rows_cost_at_most_15_percent_more_than_the_bare_passes(benchmark, c
     benchmark.pedantic(ours, rounds=3)
     overhead = best["ours"] / best["bare"] - 1
     benchmark.extra_info["overhead"] = overhead
-    say(f"overhead of {len(ROWS)} rows over the bare forward and backward of {N_SENTENCES} sentences:"
-        f" {100 * overhead:+.1f} % ({1000 * best['ours']:.0f} ms against {1000 * best['bare']:.0f} ms)")  # fmt: skip
+    say(
+        f"overhead of {len(ROWS)} rows over the bare forward and backward of {N_SENTENCES} sentences:"
+        f" {100 * overhead:+.1f} % ({1000 * best['ours']:.0f} ms against {1000 * best['bare']:.0f} ms)"
+    )
     assert overhead <= 0.15
 
 
-def test_attributions_are_at_least_100_times_faster_than_sentence_by_sentence(benchmark, classifier, texts, sides, say):
+def test_attributions_are_at_least_100_times_faster_than_sentence_by_sentence(
+    benchmark, classifier, texts, sides, say
+):
     seconds, _, best, _ = sides
     benchmark.pedantic(our_attributions, (texts, *classifier), rounds=3)
     ratio = seconds / best["attributions"]
     benchmark.extra_info["ratio"] = ratio
-    say(f"attributions of {len(ROWS)} rows: {seconds:.1f} s sentence by sentence, {best['attributions']:.3f} s ours:"
-        f" {ratio:.0f} times")  # fmt: skip
+    say(
+        f"attributions of {len(ROWS)} rows: {seconds:.1f} s sentence by sentence, {best['attributions']:.3f} s ours:"
+        f" {ratio:.0f} times"
+    )
     assert ratio >= 100
 
 
-def test_attributions_with_scores_are_at_least_12_times_faster_and_the_same(benchmark, classifier, texts, sides, say):
+def test_attributions_with_scores_are_at_least_12_times_faster_and_the_same(
+    benchmark, classifier, texts, sides, say
+):
     seconds, erasure, best, expected = sides
     scores = benchmark.pedantic(our_scores, (texts, *classifier), rounds=1)
     ratio = (seconds + erasure) / best["scores"]
     benchmark.extra_info["ratio"] = ratio
     clear = torch.cat([without_ties(*found) for found in our_attributions(texts, *classifier)], -1)
     difference = (scores - expected).abs().amax(0)[clear]
-    say(f"attributions and erasure scores of {len(ROWS)} rows: {seconds + erasure:.1f} s sentence by sentence,"
+    say(
+        f"attributions and erasure scores of {len(ROWS)} rows: {seconds + erasure:.1f} s sentence by sentence,"
         f" {best['scores']:.2f} s ours: {ratio:.0f} times; the {clear.sum()} of {clear.numel()} scores without ties"
-        f" differ by {difference.max():.0e} at most")  # fmt: skip
+        f" differ by {difference.max():.0e} at most"
+    )
     assert clear[ROWS.index("row sum")].sum() == 0 and clear.float().mean() > 0.85
     assert difference.max() < 1e-5
     assert ratio >= 12
@@ -301,7 +329,7 @@ def test_erasure_scoring_in_inputs_per_second(benchmark, classifier, texts, say)
     rows, tokens = players.nonzero(as_tuple=True)
     keep = torch.ones(len(rows), players.shape[1], dtype=torch.bool)
     keep[torch.arange(len(rows)), tokens] = False
-    together = lambda: erased_probabilities(model, inputs, rows, keep, tokenizer.mask_token_id)  # noqa: E731
+    together = lambda: erased_probabilities(model, inputs, rows, keep, tokenizer.mask_token_id)
 
     def one_by_one():
         for row, kept in list(zip(rows, keep, strict=True))[:64]:

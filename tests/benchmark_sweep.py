@@ -2,8 +2,9 @@
 
     python -m pytest tests/benchmark_sweep.py
 
-Eight runs of 01_nlp_shapley on the smoke profile, first on one worker, then on two, with one thread to each run: so the
-figure is that of the sweep and not of torch's threads. It means something only on two cores that are otherwise idle.
+Eight runs of 01_nlp_shapley on the smoke profile, first on one worker, then on two, with one thread to each
+run: so the figure is that of the sweep and not of torch's threads. It means something only on two cores that
+are otherwise idle.
 """
 
 import os
@@ -20,7 +21,17 @@ GRID = PROJECT_ROOT / "data" / "sweeps" / "seeds.yaml"
 
 def seconds(output, workers):
     """Give the command of a sweep, and return how long it took."""
-    command = [sys.executable, "-m", "helpers.pipeline", "sweep", GRID, "--output", output, "--workers", str(workers)]
+    command = [
+        sys.executable,
+        "-m",
+        "helpers.pipeline",
+        "sweep",
+        GRID,
+        "--output",
+        output,
+        "--workers",
+        str(workers),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     begun = time.perf_counter()
     subprocess.run(command, cwd=PROJECT_ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -36,7 +47,10 @@ def times(tmp_path_factory):
 
 def test_two_workers_are_nearly_twice_as_fast_as_one(times, capsys):
     with capsys.disabled():
-        print(f"\n  {len(plan_sweep(GRID))} runs: {times[1]:.0f} s on one worker, {times[2]:.0f} s on two", flush=True)
+        print(
+            f"\n  {len(plan_sweep(GRID))} runs: {times[1]:.0f} s on one worker, {times[2]:.0f} s on two",
+            flush=True,
+        )
     assert times[1] / times[2] >= 1.6
 
 

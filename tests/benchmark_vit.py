@@ -1,4 +1,6 @@
-"""What the six games cost on a ViT-Base of random weights, beside one bare forward and backward pass; run by name."""
+"""What the six games cost on a ViT-Base of random weights, beside one bare forward and backward pass; run by
+name.
+"""
 
 import time
 
@@ -56,7 +58,9 @@ def seconds(run, *args):
 
 
 def memory(run, *args):
-    """Return (peak, kept): the most bytes of tensors alive at once in a run, and those that its result still holds."""
+    """Return (peak, kept): the most bytes of tensors alive at once in a run, and those that its result still
+    holds.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         result = run(*args)

@@ -1,4 +1,6 @@
-"""Tiny models whose attention differs between tokens, and the sentences that they read. Nothing needs a model hub."""
+"""Tiny models whose attention differs between tokens, and the sentences that they read. Nothing needs a model
+hub.
+"""
 
 import os
 
@@ -28,25 +30,43 @@ settings.register_profile("repository", deadline=None, max_examples=12, derandom
 settings.load_profile("repository")
 
 LABELS = {0: "negative", 1: "neutral", 2: "positive"}
-SENTENCES = ["a clever but not especially compelling film", "it never fails", "steadfastly uncinematic, and dull"]
+SENTENCES = [
+    "a clever but not especially compelling film",
+    "it never fails",
+    "steadfastly uncinematic, and dull",
+]
 SPREAD = 0.25  # of the random weights: wide enough for attention and gradients that differ between tokens
 TEXT_CONFIGS = {
     "bert": lambda vocabulary, **common: BertConfig(
-        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        vocab_size=vocabulary,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
         **common,
     ),
     "distilbert": lambda vocabulary, **common: DistilBertConfig(
         vocab_size=vocabulary, dim=32, n_layers=2, n_heads=4, hidden_dim=48, **common
     ),
     "roberta": lambda vocabulary, **common: RobertaConfig(
-        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=34, **common,
+        vocab_size=vocabulary,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=34,
+        **common,
     ),
     "electra": lambda vocabulary, **common: ElectraConfig(
-        vocab_size=vocabulary, embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=48, **common,
+        vocab_size=vocabulary,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        **common,
     ),
-}  # fmt: skip
+}
 
 
 def build_text_classifier(architecture, vocabulary):
@@ -66,7 +86,9 @@ def tokenizer():
 def roberta_tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("roberta")
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(3 * SENTENCES, 400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    trained.train_from_iterator(
+        3 * SENTENCES, 400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    )
     trained.save_model(str(folder))
     return RobertaTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
 
@@ -92,8 +114,14 @@ def text_classifier(request, tokenizer, roberta_tokenizer):
 def image_model():
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8,
-        num_labels=3, initializer_range=SPREAD,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
+        num_labels=3,
+        initializer_range=SPREAD,
+    )
     model = ViTForImageClassification._from_config(config, attn_implementation="eager")
     return model.eval().requires_grad_(False)

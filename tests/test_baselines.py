@@ -1,4 +1,6 @@
-"""The explanations beside the games, each against a loop, a sum done by hand, or the axiom that it promises."""
+"""The explanations beside the games, each against a loop, a sum done by hand, or the axiom that it
+promises.
+"""
 
 import copy
 import itertools
@@ -90,7 +92,9 @@ def test_padding_receives_nothing_from_a_model(batch, method):
 
 def test_maps_without_padding_need_no_mask(maps):
     maps.weights, maps.gradients, maps.real = maps.weights[:1], maps.gradients[:1], None
-    masked = AttentionMaps(maps.logits, maps.target, maps.weights, maps.gradients, torch.ones(1, 5, dtype=torch.bool))
+    masked = AttentionMaps(
+        maps.logits, maps.target, maps.weights, maps.gradients, torch.ones(1, 5, dtype=torch.bool)
+    )
     assert torch.equal(baselines.grad_sam(maps), baselines.grad_sam(masked))
     assert torch.equal(baselines.attention_received(maps), baselines.attention_received(masked))
 
@@ -119,7 +123,9 @@ def test_leave_one_out_is_the_fall_of_the_probability(batch, operator):
     if operator == "mask":
         for row in range(3):
             p = probability(model, inputs, row)
-            falls = [p - probability(model, inputs, row, [position], mask) for position in positions(players, row)]
+            falls = [
+                p - probability(model, inputs, row, [position], mask) for position in positions(players, row)
+            ]
             assert found[row, players[row]].tolist() == pytest.approx(falls, abs=1e-6)
 
 
@@ -155,7 +161,10 @@ def test_shapley_input_costs_two_to_the_players_forwards(batch):
 
 def test_too_long_an_input_is_refused_before_any_forward_pass(batch):
     model, inputs, players, mask = batch
-    with measure_cost(model) as cost, pytest.raises(ValueError, match=r"input 2 has 10 players, 2\*\*10 forwards.*=9"):
+    with (
+        measure_cost(model) as cost,
+        pytest.raises(ValueError, match=r"input 2 has 10 players, 2\*\*10 forwards.*=9"),
+    ):
         baselines.shapley_input(model, inputs, players, mask, max_players=9)
     assert cost.forwards == 0
 
@@ -182,10 +191,15 @@ def test_integrated_gradients_follow_the_path_of_embeddings_by_hand(precise_mode
 
 def test_integrated_gradients_add_up_better_with_more_steps(batch):
     model, inputs, players, mask = batch
-    fall = [probability(model, inputs, row) - probability(model, inputs, row, positions(players, row), mask)
-            for row in range(3)]  # fmt: skip
+    fall = [
+        probability(model, inputs, row) - probability(model, inputs, row, positions(players, row), mask)
+        for row in range(3)
+    ]
     coarse, fine = (
-        (baselines.integrated_gradients(model, inputs, players, mask, n_steps=steps).sum(-1) - torch.tensor(fall)).abs()
+        (
+            baselines.integrated_gradients(model, inputs, players, mask, n_steps=steps).sum(-1)
+            - torch.tensor(fall)
+        ).abs()
         for steps in (2, 64)
     )
     assert fine.max() < 2e-4 < coarse.max()
@@ -194,7 +208,9 @@ def test_integrated_gradients_add_up_better_with_more_steps(batch):
 def test_integrated_gradients_go_on_in_smaller_passes_where_memory_runs_out(model, tokenizer, monkeypatch):
     inputs = encode(SENTENCES, tokenizer, model)
     players = token_players(inputs, tokenizer)
-    expected = baselines.integrated_gradients(model, inputs, players, tokenizer.mask_token_id, target=1, n_steps=8)
+    expected = baselines.integrated_gradients(
+        model, inputs, players, tokenizer.mask_token_id, target=1, n_steps=8
+    )
     rows = []
 
     def full_above_two(module, args, kwargs):
@@ -205,7 +221,9 @@ def test_integrated_gradients_go_on_in_smaller_passes_where_memory_runs_out(mode
     hook = model.register_forward_pre_hook(full_above_two, with_kwargs=True)
     monkeypatch.setattr(baselines, "GRADIENT_TOKENS", 1)  # one point of each input at a time
     with pytest.warns(UserWarning, match="^3 inputs at a time do not fit into memory; going on with 1$"):
-        found = baselines.integrated_gradients(model, inputs, players, tokenizer.mask_token_id, target=1, n_steps=8)
+        found = baselines.integrated_gradients(
+            model, inputs, players, tokenizer.mask_token_id, target=1, n_steps=8
+        )
     hook.remove()
     assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert rows[0] == 3 and set(rows[1:]) == {1}
@@ -241,7 +259,9 @@ def test_shap_shares_out_the_fall_and_is_zero_off_the_players(batch, tokenizer):
     found = baselines.shap_values(model, tokenizer, SENTENCES)
     assert (found[~players] == 0).all() and (found[players] != 0).all()
     for row in range(3):
-        fall = probability(model, inputs, row) - probability(model, inputs, row, positions(players, row), mask)
+        fall = probability(model, inputs, row) - probability(
+            model, inputs, row, positions(players, row), mask
+        )
         assert found[row].sum().item() == pytest.approx(fall, abs=1e-5)
 
 
@@ -250,4 +270,6 @@ def test_shap_of_a_cut_text_explains_the_part_that_was_read(model, tokenizer):
     short_sighted.model_max_length = 6
     with pytest.warns(UserWarning, match="text 0: explained 6 of 9 tokens"):
         cut = baselines.shap_values(model, short_sighted, SENTENCES[:1], target=1)
-    assert_close(cut, baselines.shap_values(model, tokenizer, ["a clever but not"], target=1), rtol=0, atol=1e-6)
+    assert_close(
+        cut, baselines.shap_values(model, tokenizer, ["a clever but not"], target=1), rtol=0, atol=1e-6
+    )

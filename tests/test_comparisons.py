@@ -11,7 +11,9 @@ def scores_with_differences(**differences):
     """Return a reference of random scores, and methods that differ from it as told."""
     rng = np.random.default_rng(0)
     reference = pd.Series(rng.normal(size=len(next(iter(differences.values())))))
-    return pd.DataFrame({"reference": reference, **{name: reference + add for name, add in differences.items()}})
+    return pd.DataFrame(
+        {"reference": reference, **{name: reference + add for name, add in differences.items()}}
+    )
 
 
 # Paired tests
@@ -20,7 +22,7 @@ def scores_with_differences(**differences):
 def test_p_of_wilcoxon_and_holm_are_those_of_a_hand_calculation():
     scores = scores_with_differences(  # rank sums of the rarer sign 3, 0, 1: 5, 1 and 2 of 64 signs are as extreme, twice
         third=np.array([-1, -2, 3, 4, 5, 6]), first=np.arange(1, 7), second=np.array([-1, 2, 3, 4, 5, 6])
-    )  # fmt: skip
+    )
     table = paired_tests(scores, "reference")
     assert list(table.index) == ["third", "first", "second"]
     np.testing.assert_allclose(table["p"], [10 / 64, 2 / 64, 4 / 64])
@@ -28,15 +30,21 @@ def test_p_of_wilcoxon_and_holm_are_those_of_a_hand_calculation():
 
 
 def test_holm_never_ranks_a_larger_p_before_a_smaller_one():
-    scores = scores_with_differences(one=np.arange(1, 7), two=np.arange(6, 0, -1), three=np.array([-1, 2, 3, 4, 5, 6]))
+    scores = scores_with_differences(
+        one=np.arange(1, 7), two=np.arange(6, 0, -1), three=np.array([-1, 2, 3, 4, 5, 6])
+    )
     table = paired_tests(scores, "reference")
     np.testing.assert_allclose(table["p"], [2 / 64, 2 / 64, 4 / 64])
-    np.testing.assert_allclose(table["p Holm"], [6 / 64, 6 / 64, 6 / 64])  # two would have 4 / 64, three 4 / 64
+    np.testing.assert_allclose(
+        table["p Holm"], [6 / 64, 6 / 64, 6 / 64]
+    )  # two would have 4 / 64, three 4 / 64
 
 
 def test_planted_shift_is_found_beside_noise_with_its_size_and_sign():
     noise = np.random.default_rng(1).normal(size=(2, 60))
-    table = paired_tests(scores_with_differences(worse=noise[0] - 1, same=noise[1] - noise[1].mean()), "reference")
+    table = paired_tests(
+        scores_with_differences(worse=noise[0] - 1, same=noise[1] - noise[1].mean()), "reference"
+    )
     assert table.loc["worse", "p Holm"] < 1e-4 and table.loc["worse", "high"] < 0
     assert table.loc["same", "p Holm"] > 0.2 and table.loc["same", "low"] < 0 < table.loc["same", "high"]
     assert table.loc["worse", "mean"] == pytest.approx(noise[0].mean() - 1)
@@ -109,7 +117,9 @@ def test_front_holds_what_no_other_method_beats(prices, scores, front):
 
 
 def test_perfect_reversed_and_hand_calculated_ranks():
-    attributions = pd.DataFrame({"a": [1, 2, 3, 4], "squared": [1, 4, 9, 16], "less": [4, 3, 2, 1], "other": [2, 1, 4, 3]})
+    attributions = pd.DataFrame(
+        {"a": [1, 2, 3, 4], "squared": [1, 4, 9, 16], "less": [4, 3, 2, 1], "other": [2, 1, 4, 3]}
+    )
     table = rank_agreement(attributions, ["x"] * 4)
     assert list(table.index) == list(table.columns) == list(attributions)
     np.testing.assert_allclose(table.loc["a"], [1, 1, -1, 1 - 6 * 4 / (4 * 15)])

@@ -1,4 +1,6 @@
-"""Concepts: activations and gradients are the model's own, CAVs find what was planted, scores and tests are right."""
+"""Concepts: activations and gradients are the model's own, CAVs find what was planted, scores and tests are
+right.
+"""
 
 import warnings
 from copy import deepcopy
@@ -25,12 +27,11 @@ from helpers import concept_world, concepts
 from helpers.concept_statistics import (
     KINDS,
     Activations,
-    bootstrap_interval,
     benjamini_hochberg,
+    bootstrap_interval,
     cav_accuracies,
     empirical_p_values,
     fit_cavs,
-    fit_direction,
     fit_random_cavs,
     t_test,
 )
@@ -53,18 +54,29 @@ from helpers.models import encode, load_image_classifier, set_precision
 from helpers.runtime import PROJECT_ROOT
 
 CONCEPT_VIT = PROJECT_ROOT / "data" / "models" / "concept_vit"
-COMMON = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=8,
-              num_labels=3, initializer_range=SPREAD)  # fmt: skip
+COMMON = dict(
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=16,
+    patch_size=8,
+    num_labels=3,
+    initializer_range=SPREAD,
+)
 IMAGE_MODELS = {
     "vit": (ViTForImageClassification, ViTConfig(**COMMON, intermediate_size=48)),
     "deit": (DeiTForImageClassification, DeiTConfig(**COMMON, intermediate_size=48)),
     "dinov2": (Dinov2WithRegistersForImageClassification, Dinov2WithRegistersConfig(**COMMON, mlp_ratio=2)),
 }
 BLOCKS = {
-    "vit": "vit.layers", "deit": "deit.layers", "dinov2": "dinov2_with_registers.encoder.layer",
-    "bert": "bert.encoder.layer", "distilbert": "distilbert.transformer.layer", "roberta": "roberta.encoder.layer",
+    "vit": "vit.layers",
+    "deit": "deit.layers",
+    "dinov2": "dinov2_with_registers.encoder.layer",
+    "bert": "bert.encoder.layer",
+    "distilbert": "distilbert.transformer.layer",
+    "roberta": "roberta.encoder.layer",
     "electra": "electra.encoder.layer",
-}  # fmt: skip
+}
 
 
 def build_image_classifier(architecture, seed=0):
@@ -108,7 +120,9 @@ def planted(n_images, shift=0.0, tokens=4, hidden=6, seed=0, model_key="m"):
 
 
 def one_hot(count, total, start):
-    """Activations of one token an image that is the image's number: mean-difference CAVs then name their images."""
+    """Activations of one token an image that is the image's number: mean-difference CAVs then name their
+    images.
+    """
     rows = np.eye(total, dtype=np.float32)[start : start + count]
     return Activations({0: rows}, np.arange(count + 1), "model", "m", 1)
 
@@ -119,7 +133,10 @@ def one_hot(count, total, start):
 def test_activations_are_what_forward_hooks_see(classifier):
     model, inputs, blocks = classifier
     seen = []
-    hooks = [block.register_forward_hook(lambda module, args, output: seen.append(output.clone())) for block in blocks]
+    hooks = [
+        block.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+        for block in blocks
+    ]
     activations = token_activations(model, inputs)
     for hook in hooks:
         hook.remove()
@@ -136,10 +153,15 @@ def test_the_last_activations_precede_the_final_layer_norm(vit):
 def test_gradients_agree_with_finite_differences(classifier):
     model, inputs, blocks = classifier
     model = model.double()
-    inputs = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+    inputs = {
+        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()
+    }
     gradients, _ = token_gradients(model, inputs, 1)
     for layer, block in enumerate(blocks):
-        step = 1e-4 * torch.randn(gradients[layer].shape, generator=torch.Generator().manual_seed(layer)).double()
+        step = (
+            1e-4
+            * torch.randn(gradients[layer].shape, generator=torch.Generator().manual_seed(layer)).double()
+        )
         logits = []
         for change in (step, -step):
             hook = block.register_forward_hook(lambda module, args, output, change=change: output + change)
@@ -177,7 +199,9 @@ def test_batched_images_equal_single_ones_and_frozen_weights_change_nothing(vit)
     inputs = pixels(3)
     gradients, attention = token_gradients(vit, inputs, torch.tensor([0, 2, 1]))
     for row, target in enumerate((0, 2, 1)):
-        slopes, weights = token_gradients(vit, {"pixel_values": inputs["pixel_values"][row : row + 1]}, target)
+        slopes, weights = token_gradients(
+            vit, {"pixel_values": inputs["pixel_values"][row : row + 1]}, target
+        )
         for layer in gradients:
             assert_close(gradients[layer][row], slopes[layer][0], rtol=1e-4, atol=1e-6)
             assert_close(attention[layer][row], weights[layer][0], rtol=1e-4, atol=1e-6)
@@ -271,7 +295,9 @@ def test_cached_activations_equal_uncached_ones(vit, tmp_path):
         patch.setattr(concepts, "_encode", None)  # a second encoding would fail
         second = collect_activations(vit, inputs, batch_size=4, cache_dir=tmp_path)
     for layer in range(3):
-        assert_close(torch.tensor(np.array(first.layers[layer])), direct[layer].flatten(0, 1), rtol=1e-4, atol=1e-5)
+        assert_close(
+            torch.tensor(np.array(first.layers[layer])), direct[layer].flatten(0, 1), rtol=1e-4, atol=1e-5
+        )
         np.testing.assert_array_equal(first.layers[layer], second.layers[layer])
     np.testing.assert_array_equal(first.part(1, [5]).rows[25:30], first.layers[1][5 * 5 : 6 * 5])
     assert len(first) == 7 and list(first.offsets) == list(range(0, 40, 5))
@@ -310,7 +336,9 @@ def test_damaged_cache_files_are_rebuilt_with_a_note(vit, tmp_path, damage):
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     path.unlink()
-    path.write_bytes({"cut": content[:-40], "garbage": b"junk" * 99, "empty": b"", "flipped bit": content}[damage])
+    path.write_bytes(
+        {"cut": content[:-40], "garbage": b"junk" * 99, "empty": b"", "flipped bit": content}[damage]
+    )
     with pytest.warns(UserWarning, match="layer_01.safetensors are damaged and are rebuilt"):
         after = collect_activations(vit, pixels(4), cache_dir=tmp_path)
     for layer in range(3):
@@ -337,7 +365,9 @@ def test_unknown_layers_are_refused(vit, tmp_path):
 
 
 def closed_form(kind, noise, shift):
-    """The direction that unlimited normal rows give, with equal covariance on both sides and means ± shift / 2."""
+    """The direction that unlimited normal rows give, with equal covariance on both sides and means ± shift /
+    2.
+    """
     total = noise + np.outer(shift, shift) / 4
     fisher = np.linalg.solve(noise, shift)
     return {"logistic": fisher, "fisher": fisher, "pattern": total @ fisher, "mean_difference": shift}[kind]
@@ -364,8 +394,14 @@ def test_logistic_cav_is_the_optimum_also_in_single_precision_and_off_centre(shi
     rng = np.random.default_rng(1)
     rows = rng.standard_normal((400, 8)) * np.logspace(-1, 1, 8) + 50
     rows[:200, 3] += shift
-    exact = LogisticRegression(tol=1e-10, max_iter=100_000, solver="newton-cg").fit(rows, np.arange(400) < 200).coef_[0]
-    cav = fit_cav(torch.tensor(rows[:200], dtype=torch.float32), torch.tensor(rows[200:], dtype=torch.float32))
+    exact = (
+        LogisticRegression(tol=1e-10, max_iter=100_000, solver="newton-cg")
+        .fit(rows, np.arange(400) < 200)
+        .coef_[0]
+    )
+    cav = fit_cav(
+        torch.tensor(rows[:200], dtype=torch.float32), torch.tensor(rows[200:], dtype=torch.float32)
+    )
     assert cav.dtype == torch.float32
     assert cav.numpy() @ exact / np.linalg.norm(exact) > 1 - 1e-5
 
@@ -407,7 +443,11 @@ def test_relative_cavs_contrast_with_as_many_images_of_the_other_concepts():
     assert cavs.vectors.shape == (1, 3, 8, 18) and cavs.concepts == ("a", "b", "c")
     for i, draws in enumerate(cavs.vectors[0]):
         own = np.arange(18) // 6 == i
-        assert (draws[:, own] > 0).all() and ((draws[:, ~own] < 0).sum(1) == 6).all() and (draws[:, ~own] <= 0).all()
+        assert (
+            (draws[:, own] > 0).all()
+            and ((draws[:, ~own] < 0).sum(1) == 6).all()
+            and (draws[:, ~own] <= 0).all()
+        )
         assert len(np.unique(draws < 0, axis=0)) > 4
 
 
@@ -426,7 +466,9 @@ def test_random_cavs_split_random_images_in_disjoint_halves():
 
 
 def test_cavs_are_the_same_for_a_seed_whatever_the_number_of_draws_or_workers():
-    sources = {name: planted(8, shift, seed=i) for i, (name, shift) in enumerate({"a": 2, "b": 0, "c": -1}.items())}
+    sources = {
+        name: planted(8, shift, seed=i) for i, (name, shift) in enumerate({"a": 2, "b": 0, "c": -1}.items())
+    }
     cavs = fit_cavs(sources, n_draws=3, n_jobs=1)
     np.testing.assert_array_equal(fit_cavs(sources, n_draws=3, n_jobs=2).vectors, cavs.vectors)
     np.testing.assert_array_equal(fit_cavs(sources, n_draws=2, n_jobs=1).vectors, cavs.vectors[:, :, :2])
@@ -459,7 +501,9 @@ def test_held_out_accuracy_of_a_planted_concept(kind):
     accuracies = cav_accuracies(sources, n_folds=4, kind=kind, n_jobs=1)
     assert accuracies.shape == (1, 2, 4) and accuracies.mean() > 0.95
     off_centre = {name: replace(source, layers={0: source.layers[0] + 9}) for name, source in sources.items()}
-    np.testing.assert_allclose(cav_accuracies(off_centre, n_folds=4, kind=kind, n_jobs=1), accuracies, atol=0.02)
+    np.testing.assert_allclose(
+        cav_accuracies(off_centre, n_folds=4, kind=kind, n_jobs=1), accuracies, atol=0.02
+    )
 
 
 def test_folds_keep_the_tokens_of_an_image_together():
@@ -476,7 +520,9 @@ def test_folds_keep_the_tokens_of_an_image_together():
 
 
 def test_cavs_are_saved_with_their_model_and_refused_by_others(vit, tmp_path):
-    sources = {name: collect_activations(vit, pixels(6, seed), cache_dir=tmp_path) for seed, name in enumerate("abc")}
+    sources = {
+        name: collect_activations(vit, pixels(6, seed), cache_dir=tmp_path) for seed, name in enumerate("abc")
+    }
     cavs, path = fit_cavs(sources, n_draws=2, n_jobs=1), tmp_path / "cavs" / "relative.safetensors"
     save_cavs(cavs, path)
     loaded = load_cavs(path, vit)
@@ -534,7 +580,9 @@ def test_scores_do_not_change_under_the_positive_rescaling():
     scores = ttcav_scores(attention_weighted_derivatives(gradients, attention, cavs))
     assert torch.equal(ttcav_scores(attention[..., None] * plain_derivatives(gradients, cavs)), scores)
     factors = torch.rand(40, 1, 1, generator=generator) + 0.1
-    assert torch.equal(ttcav_scores(attention_weighted_derivatives(factors * gradients, attention, 5 * cavs)), scores)
+    assert torch.equal(
+        ttcav_scores(attention_weighted_derivatives(factors * gradients, attention, 5 * cavs)), scores
+    )
     assert scores.min() < scores.max()
 
 
@@ -544,7 +592,9 @@ def test_planted_concept_scores_one_its_opposite_zero_and_random_ones_a_half():
     rows = rng.standard_normal((2, 2000, 64))
     cav = fit_cav(rows[0] + 2 * concept, rows[1])
     noise = torch.tensor(rng.standard_normal((400, 10, 64)))
-    gradients = 2 * torch.tensor(concept) + noise  # every token is pushed along the concept, and somewhere else
+    gradients = (
+        2 * torch.tensor(concept) + noise
+    )  # every token is pushed along the concept, and somewhere else
     attention = torch.tensor(rng.random((400, 10))).softmax(-1)
     random = torch.tensor(rng.standard_normal((300, 64)))
     random -= torch.outer(random @ cav, cav)
@@ -564,9 +614,18 @@ def test_empty_scores_are_refused():
 def test_image_scores_are_means_of_the_derivatives_whatever_the_batch(tokenizer, tmp_path):
     model = build_text_classifier("bert", len(tokenizer))
     inputs = encode(SENTENCES, tokenizer, model)
-    sources = {"a": planted(6, hidden=32), "b": planted(6, hidden=32, seed=1), "c": planted(6, hidden=32, seed=2)}
-    sources = {name: replace(part, layers=dict.fromkeys((0, 2), part.layers[0])) for name, part in sources.items()}
-    cavs = {"relative": fit_cavs(sources, 4, n_jobs=1), "random": fit_random_cavs(sources["a"], 3, 5, n_jobs=1)}
+    sources = {
+        "a": planted(6, hidden=32),
+        "b": planted(6, hidden=32, seed=1),
+        "c": planted(6, hidden=32, seed=2),
+    }
+    sources = {
+        name: replace(part, layers=dict.fromkeys((0, 2), part.layers[0])) for name, part in sources.items()
+    }
+    cavs = {
+        "relative": fit_cavs(sources, 4, n_jobs=1),
+        "random": fit_random_cavs(sources["a"], 3, 5, n_jobs=1),
+    }
     scores = image_scores(model, inputs, "neutral", cavs, batch_size=2)
     assert scores["relative"]["plain"].shape == (2, 3, 3, 4) and scores["random"]["cls"].shape == (2, 1, 3, 5)
     for row, text in enumerate(SENTENCES):
@@ -582,15 +641,21 @@ def test_image_scores_are_means_of_the_derivatives_whatever_the_batch(tokenizer,
                 assert_close(mine, derivatives.mean(1)[0], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("pair", [("zebra", "horse"), ("dalmatian", "dog"), ("fire engine", "van")], ids="/".join)
+@pytest.mark.parametrize(
+    "pair", [("zebra", "horse"), ("dalmatian", "dog"), ("fire engine", "van")], ids="/".join
+)
 def test_directions_between_classes_of_the_concept_world_raise_the_class(trained, pair):
-    """At images of one class, the logit of the other rises towards it; at its own images the last norm saturates."""
+    """At images of one class, the logit of the other rises towards it; at its own images the last norm
+    saturates.
+    """
     model, processor = trained
     scenes = {label: concept_world.draw_scenes(40, seed=3, labels=[label] * 40).images for label in pair}
     inputs = {label: processor(list(images), return_tensors="pt") for label, images in scenes.items()}
     cls = {label: token_activations(model, inputs[label])[5][:, 0] for label in pair}
     for target, other in (pair, pair[::-1]):
-        elsewhere = processor(list(concept_world.draw_scenes(20, 5, [other] * 20).images), return_tensors="pt")
+        elsewhere = processor(
+            list(concept_world.draw_scenes(20, 5, [other] * 20).images), return_tensors="pt"
+        )
         gradients, _ = token_gradients(model, elsewhere, target)
         for kind in ("logistic", "mean_difference"):
             cav = fit_cav(cls[target], cls[other], kind=kind)
@@ -654,7 +719,9 @@ def folder(tmp_path):
     for name in ("dotted", "striped"):
         (tmp_path / name).mkdir()
         for number in range(6):
-            Image.new("L" if number else "RGBA", (8 + number, 8), number).save(tmp_path / name / f"{number}.png")
+            Image.new("L" if number else "RGBA", (8 + number, 8), number).save(
+                tmp_path / name / f"{number}.png"
+            )
     (tmp_path / "striped" / ".DS_Store").write_text("hidden")
     return tmp_path
 
@@ -675,12 +742,16 @@ def test_unreadable_files_are_named_skipped_and_counted(folder):
     (folder / "striped" / "notes.txt").write_text("no image")
     with pytest.warns(UserWarning, match=r"'striped': skipped 2 unreadable files \(1.png, notes.txt\)"):
         assert len(load_image_folder(folder)["striped"]) == 5
-    with pytest.raises(ValueError, match=r"'striped' has 5 images beside 2 unreadable files \(1.png.*at least 6"):
+    with pytest.raises(
+        ValueError, match=r"'striped' has 5 images beside 2 unreadable files \(1.png.*at least 6"
+    ):
         load_image_folder(folder, min_images=6)
 
 
 def test_fewer_images_than_are_needed_cannot_be_asked_for(folder):
-    with pytest.raises(ValueError, match="at least 5 images of each folder are needed, more than the 2 asked for"):
+    with pytest.raises(
+        ValueError, match="at least 5 images of each folder are needed, more than the 2 asked for"
+    ):
         load_image_folder(folder, max_images=2)
 
 

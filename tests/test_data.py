@@ -1,4 +1,6 @@
-"""Sentences: labels, splits that do not leak, the same rows for the same seed, and errors that name the way out."""
+"""Sentences: labels, splits that do not leak, the same rows for the same seed, and errors that name the way
+out.
+"""
 
 import hashlib
 import io
@@ -92,7 +94,8 @@ def test_no_text_and_no_document_is_in_both_splits(name):
 def test_no_training_text_of_any_domain_is_held_out_in_any_other():
     names = ("movies", "amazon", "nyt", "tweets")
     train, test = (
-        {text.casefold() for name in names for text in load_sentences(name, split)["text"]} for split in ("train", "test")
+        {text.casefold() for name in names for text in load_sentences(name, split)["text"]}
+        for split in ("train", "test")
     )
     assert len(train) > 14_000 and not train & test
 
@@ -105,7 +108,7 @@ def test_short_sentences_have_at_most_15_pieces_and_the_others_more(tokenizer):
 
 
 def test_same_seed_draws_the_same_rows_without_replacement():
-    draw = lambda seed: list(load_sentences("movies", n_samples=50, seed=seed)["text"])  # noqa: E731
+    draw = lambda seed: list(load_sentences("movies", n_samples=50, seed=seed)["text"])
     assert draw(3) == draw(3) and draw(3) != draw(4)
     assert len(set(draw(3))) == 50 and set(draw(3)) <= set(load_sentences("movies")["text"])
 
@@ -149,7 +152,9 @@ def test_validation_stands_for_a_test_split_without_labels_as_in_a_copy_of_sst2(
     parts = {"train": [0, 1], "validation": [1, 0], **({"test": hidden} if hidden else {})}
     for split, labels in parts.items():
         rows = {"idx": [0, 1], "sentence": [f"{split} a", f"{split} b"], "label": labels}
-        features = Features(idx=Value("int32"), sentence=Value("string"), label=ClassLabel(names=["negative", "positive"]))
+        features = Features(
+            idx=Value("int32"), sentence=Value("string"), label=ClassLabel(names=["negative", "positive"])
+        )
         Dataset.from_dict(rows, features).to_parquet(tmp_path / f"sst2/data/{split}-00000-of-00001.parquet")
     rows = load_sentences(str(tmp_path / "sst2"))
     assert rows["text"][:] == ["validation a", "validation b"] and rows["label"][:] == [1, 0]
@@ -182,7 +187,9 @@ def test_unknown_set_suggests_the_nearest(name, near):
 
 
 def test_name_near_to_nothing_lists_all_sets():
-    with pytest.raises(ValueError, match="set 'q' is unknown; use one of movies, amazon, nyt, tweets, movies_short"):
+    with pytest.raises(
+        ValueError, match="set 'q' is unknown; use one of movies, amazon, nyt, tweets, movies_short"
+    ):
         load_sentences("q")
 
 
@@ -259,7 +266,9 @@ def pack(members, mode="w:gz"):
 @pytest.fixture
 def small_archive(tmp_path, monkeypatch):
     """An archive laid out like VADER's, with one sentence a domain and files that nobody asked for."""
-    members = {f"hutto_ICWSM_2014/{stem}_GroundTruth.txt": stem.encode() for stem in data.VADER_MEMBERS.values()}
+    members = {
+        f"hutto_ICWSM_2014/{stem}_GroundTruth.txt": stem.encode() for stem in data.VADER_MEMBERS.values()
+    }
     inner = pack({**members, "hutto_ICWSM_2014/other.txt": b"other", "../escape.txt": b"escape"})
     content = pack({"setup.py": b"raise SystemExit", data.VADER_RESOURCES: inner})
     monkeypatch.setattr(data, "VADER_SHA256", hashlib.sha256(content).hexdigest())
@@ -281,7 +290,9 @@ def test_only_the_named_members_are_extracted(small_archive, empty_cache):
     assert not list(empty_cache.parent.glob("**/escape.txt"))
 
 
-def test_interrupted_extraction_leaves_no_half_file_that_counts_as_fetched(small_archive, empty_cache, monkeypatch):
+def test_interrupted_extraction_leaves_no_half_file_that_counts_as_fetched(
+    small_archive, empty_cache, monkeypatch
+):
     def interrupted(source, target):
         target.write(source.read(3))
         raise KeyboardInterrupt

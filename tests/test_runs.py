@@ -1,4 +1,6 @@
-"""A run is addressed by its content: what is finished stays, the rest is done by the same command, come what may."""
+"""A run is addressed by its content: what is finished stays, the rest is done by the same command, come what
+may.
+"""
 
 import errno
 import json
@@ -11,7 +13,7 @@ import nbformat
 import pytest
 from filelock import FileLock
 from nbformat.v4 import new_output
-from tiny_project import COUNT, PARAMETERS, counted, invoke, start, write_notebook
+from tiny_project import COUNT, counted, invoke, start, write_notebook
 
 pytest_plugins = ["tiny_project"]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -51,7 +53,7 @@ def reads_first(project):
 
 def test_address_changes_with_all_that_is_computed_from(project):
     path = project.root / "notebooks" / "01_first.ipynb"
-    address = lambda **parameters: project.manifests.notebook_address("01_first", parameters, {})  # noqa: E731
+    address = lambda **parameters: project.manifests.notebook_address("01_first", parameters, {})
     found = [address(), address(seed=1), address(seed=2)]
     edit(path, lambda notebook: notebook.cells[0].update(source="# Other words"))
     found.append(address())
@@ -80,7 +82,7 @@ def test_address_does_not_change_with_outputs_or_time(project):
 
 
 def test_address_chains_those_that_a_notebook_reads_from_and_no_others(project, out):
-    addresses = lambda **first: project.manifests.run_addresses({"01_first": first, "02_second": {}}, out)  # noqa: E731
+    addresses = lambda **first: project.manifests.run_addresses({"01_first": first, "02_second": {}}, out)
     apart = [addresses()["02_second"], addresses(seed=1)["02_second"]]
     reads_first(project)
     chained = [addresses()["02_second"], addresses(seed=1)["02_second"]]
@@ -90,7 +92,9 @@ def test_address_chains_those_that_a_notebook_reads_from_and_no_others(project, 
 def test_a_notebook_alone_chains_what_lies_in_its_folder(project, quick, out):
     reads_first(project)
     for seed in (1, 1, 2):
-        assert invoke(project, "run", "--output", out, "--only", "01_first", "-p", "seed", seed).exit_code == 0
+        assert (
+            invoke(project, "run", "--output", out, "--only", "01_first", "-p", "seed", seed).exit_code == 0
+        )
         assert invoke(project, "run", "--output", out, "--only", "02_second").exit_code == 0
     assert counted(project) == ["01_first 10 1", "02_second 10 0", "01_first 10 2", "02_second 10 0"]
 
@@ -100,7 +104,11 @@ def test_a_notebook_alone_chains_what_lies_in_its_folder(project, quick, out):
 
 def test_same_command_repeats_nothing_and_touches_nothing(project, quick, out):
     assert invoke(project, "run", "--output", out).exit_code == 0
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "plan.json"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in out.rglob("*")
+        if path.is_file() and path.name != "plan.json"
+    }
     result = invoke(project, "run", "--output", out)
     assert result.exit_code == 0 and result.output.count("was finished before") == 2
     assert counted(project) == ["01_first 10 0", "02_second 10 0"]
@@ -215,7 +223,10 @@ def test_failure_holds_back_only_what_reads_from_it(project, quick, out):
     write_notebook(project.root, "03_third")
     result = invoke(project, "run", "--output", out)
     assert result.exit_code == 1 and counted(project) == ["03_third 10 0"]
-    assert f"01_first failed in cell 2: RuntimeError: out of luck; log: {out}/notebooks/01_first.log" in result.output
+    assert (
+        f"01_first failed in cell 2: RuntimeError: out of luck; log: {out}/notebooks/01_first.log"
+        in result.output
+    )
     assert "02_second was held back, because 01_first did not finish" in result.output
     assert "Error: 2 of 3 notebooks did not finish; the same command tries them again" in result.output
     assert [row[2] for row in project.manifests.run_states(out)] == ["failed", "missing", "finished"]
@@ -229,7 +240,10 @@ def test_sources_that_changed_since_the_command_began_are_refused(project, quick
     touch = "Path('helpers/extra.py').write_text('x = 1')"
     write_notebook(project.root, "01_first", COUNT.format(name="01_first"), touch)
     result = invoke(project, "run", "--output", out)
-    assert result.exit_code == 1 and "02_second failed: its source is not what the command began with" in result.output
+    assert (
+        result.exit_code == 1
+        and "02_second failed: its source is not what the command began with" in result.output
+    )
     assert counted(project) == ["01_first 10 0"]
 
 
@@ -267,7 +281,7 @@ def test_two_commands_for_one_run_take_turns(project, quick, out):
     write_notebook(project.root, "01_first", COUNT.format(name="01_first"), "import time\ntime.sleep(0.3)")
     addresses = project.manifests.run_addresses({"01_first": {}}, out)
     found = []
-    complete = lambda: found.append(project.runs.complete_notebook("01_first", {}, out, addresses, []))  # noqa: E731
+    complete = lambda: found.append(project.runs.complete_notebook("01_first", {}, out, addresses, []))
     both = [threading.Thread(target=complete) for _ in range(2)]
     for thread in both:
         thread.start()
@@ -282,7 +296,10 @@ def test_status_shows_states_seconds_and_logs(project, quick, out):
     for name in ("03_third", "04_fourth", "05_fifth"):
         write_notebook(project.root, name)
     invoke(project, "run", "--output", out)
-    edit(project.root / "notebooks" / "03_third.ipynb", lambda notebook: notebook.cells[0].update(source="# New"))
+    edit(
+        project.root / "notebooks" / "03_third.ipynb",
+        lambda notebook: notebook.cells[0].update(source="# New"),
+    )
     (out / "notebooks" / "05_fifth.json").unlink()
     with FileLock(out / ".locks" / "04_fourth.lock"):
         lines = invoke(project, "status", out).output.splitlines()
@@ -295,7 +312,9 @@ def test_status_shows_states_seconds_and_logs(project, quick, out):
 
 def test_status_of_a_folder_without_runs_says_what_to_give(project):
     result = invoke(project, "status", "nowhere")
-    assert result.exit_code == 2 and "nowhere holds no run; give the --output" in " ".join(result.output.split())
+    assert result.exit_code == 2 and "nowhere holds no run; give the --output" in " ".join(
+        result.output.split()
+    )
 
 
 # Disks and other storage
@@ -360,11 +379,18 @@ def test_output_of_another_version_is_refused_first(project, quick, out, file):
 @pytest.mark.parametrize("scheme", ["file", "memory"])
 def test_url_gets_all_of_a_run_and_is_resumed(project, quick, scheme):
     url = f"{scheme}://{project.root}/far/away"
-    read = "from pathlib import Path\nassert 'mean' in Path(figures_dir, 'results', '01_first.json').read_text()"
+    read = (
+        "from pathlib import Path\nassert 'mean' in Path(figures_dir, 'results', '01_first.json').read_text()"
+    )
     count = COUNT.format(name="02_second")
-    write_notebook(project.root, "02_second", count, read, "if not Path('go').exists(): raise RuntimeError('not yet')")
+    write_notebook(
+        project.root, "02_second", count, read, "if not Path('go').exists(): raise RuntimeError('not yet')"
+    )
     result = invoke(project, "run", "--output", url)
-    assert result.exit_code == 1 and f"RuntimeError: not yet; log: {url}/notebooks/02_second.log" in result.output
+    assert (
+        result.exit_code == 1
+        and f"RuntimeError: not yet; log: {url}/notebooks/02_second.log" in result.output
+    )
     assert [row[2] for row in project.manifests.run_states(url)] == ["finished", "failed"]
     (project.root / "go").touch()
     result = invoke(project, "run", "--output", url)
@@ -373,7 +399,9 @@ def test_url_gets_all_of_a_run_and_is_resumed(project, quick, scheme):
     assert invoke(project, "status", url).output.count("finished") == 2
     fs, root = fsspec.url_to_fs(url)
     found = {path.removeprefix(root + "/") for path in fs.find(root)}
-    notebooks = {f"notebooks/{name}.{end}" for name in ("01_first", "02_second") for end in ("ipynb", "log", "json")}
+    notebooks = {
+        f"notebooks/{name}.{end}" for name in ("01_first", "02_second") for end in ("ipynb", "log", "json")
+    }
     assert notebooks | {"plan.json", "figures/results/01_first.json"} == found
     assert not [path for path in project.manifests.STAGING.rglob("*.ipynb")]
     fs.rm_file(f"{root}/figures/results/01_first.json")

@@ -18,7 +18,9 @@ from helpers.models import encode, fast_attention, read_attention
 
 
 @pytest.mark.parametrize(("gradients", "backwards"), [(False, 0), (True, 3)])
-def test_reading_attention_costs_one_forward_and_at_most_one_backward_an_input(model, tokenizer, gradients, backwards):
+def test_reading_attention_costs_one_forward_and_at_most_one_backward_an_input(
+    model, tokenizer, gradients, backwards
+):
     inputs = encode(SENTENCES, tokenizer, model)
     with runtime.measure_cost(model) as cost:
         read_attention(model, inputs, gradients=gradients)
@@ -62,19 +64,27 @@ def full_above(limit, weights=None, error=None):
 def test_batches_are_slices_in_order_and_the_rest_comes_last():
     step, given = full_above(100)
     assert list(runtime.in_batches(step, list(range(7)), 3)) == [
-        ([0, 1, 2], [0, 10, 20]), ([3, 4, 5], [30, 40, 50]), ([6], [60])
-    ]  # fmt: skip
+        ([0, 1, 2], [0, 10, 20]),
+        ([3, 4, 5], [30, 40, 50]),
+        ([6], [60]),
+    ]
     assert given == [[0, 1, 2], [3, 4, 5], [6]]
-    assert [batch for batch, _ in runtime.in_batches(step, range(4), 3)] == [range(0, 3), range(3, 4)]
+    assert [batch for batch, _ in runtime.in_batches(step, range(4), 3)] == [range(3), range(3, 4)]
     assert not list(runtime.in_batches(step, [], 3))
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
-    RuntimeError("CUDA error: out of memory"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+        ),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_batch_that_does_not_fit_is_halved_with_a_note_and_nothing_done_is_repeated(error):
     step, given = full_above(2, error=error)
     with pytest.warns(UserWarning, match="inputs at a time do not fit into memory; going on with") as notes:
@@ -99,7 +109,9 @@ def test_one_input_that_does_not_fit_is_an_error_that_says_what_to_do():
     step, _ = full_above(0)
     with pytest.raises(torch.OutOfMemoryError) as error, pytest.warns(UserWarning):
         list(runtime.in_batches(step, [1, 2], 2))
-    assert error.value.__notes__ == ["not even one input fits; shorten it, or use device='cpu' or precision='bfloat16'"]
+    assert error.value.__notes__ == [
+        "not even one input fits; shorten it, or use device='cpu' or precision='bfloat16'"
+    ]
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
@@ -207,7 +219,9 @@ def test_results_made_with_the_expected_parameters_are_loaded(tmp_path):
     assert runtime.load_results(tmp_path, "01_nlp_shapley", seed=0, n_samples=8)["accuracy"] == 0.86
 
 
-@pytest.mark.parametrize(("load", "file"), [("load_results", "02_vit_shapley.json"), ("load_records", "02_scores.parquet")])
+@pytest.mark.parametrize(
+    ("load", "file"), [("load_results", "02_vit_shapley.json"), ("load_records", "02_scores.parquet")]
+)
 def test_missing_result_names_the_notebook_and_the_command_that_make_it(tmp_path, load, file):
     with pytest.raises(FileNotFoundError) as caught:
         getattr(runtime, load)(tmp_path / "run", file.split(".")[0])

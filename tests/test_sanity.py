@@ -13,7 +13,9 @@ from helpers.sanity import randomisation_cascade, rank_correlations
 
 
 def move_away(model):
-    """Shift all weights, as training would: then also biases and norms differ from those of an untrained model."""
+    """Shift all weights, as training would: then also biases and norms differ from those of an untrained
+    model.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
@@ -73,7 +75,10 @@ def test_weights_are_those_of_an_untrained_model(text_classifier):
 
 def test_randomised_model_still_runs_as_the_model_did(model, tokenizer):
     inputs = encode(SENTENCES, tokenizer, model)
-    logits = [model(**inputs).logits, *(changed(**inputs).logits for _, changed in randomisation_cascade(model))]
+    logits = [
+        model(**inputs).logits,
+        *(changed(**inputs).logits for _, changed in randomisation_cascade(model)),
+    ]
     assert all(not torch.allclose(one, two) for one, two in zip(logits, logits[1:], strict=False))
     for _, changed in randomisation_cascade(model):
         assert not changed.training and not any(parameter.requires_grad for parameter in changed.parameters())
@@ -118,7 +123,9 @@ def test_same_and_reversed_order_correlate_with_one_and_minus_one():
 def test_inputs_are_ranked_apart():
     first = torch.tensor([[1.0, 2, 3], [10, 20, 30], [1, 2, 3]])
     second = torch.tensor([[5.0, 6, 7], [3, 2, 1], [3, 1, 2]])
-    assert rank_correlations(first, second, torch.ones(3, 3, dtype=torch.bool)) == pytest.approx([1, -1, -0.5])
+    assert rank_correlations(first, second, torch.ones(3, 3, dtype=torch.bool)) == pytest.approx(
+        [1, -1, -0.5]
+    )
 
 
 def test_ties_share_their_rank_as_in_scipy():
@@ -132,7 +139,9 @@ def test_what_does_not_play_does_not_count(model, tokenizer):
     first = torch.rand(players.shape, generator=torch.Generator().manual_seed(0))
     second = torch.where(players, 2 * first + 1, -100 * first)
     assert rank_correlations(first, second, players) == pytest.approx([1] * len(SENTENCES))
-    assert rank_correlations(first, second.masked_fill(~players, torch.nan), players) == pytest.approx([1] * len(SENTENCES))
+    assert rank_correlations(first, second.masked_fill(~players, torch.nan), players) == pytest.approx(
+        [1] * len(SENTENCES)
+    )
 
 
 def test_attribution_that_ranks_nothing_has_no_correlation():

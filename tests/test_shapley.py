@@ -84,7 +84,8 @@ def test_coalitions_are_worth_what_the_definition_says(game, n):
 
 
 @pytest.mark.parametrize(
-    ("game", "empty", "alone", "pair"), [("cls", 0, 0.3, 0.8), ("mutual", 0, 0.6, 0.7), ("max_mutual", 0, 0.6, 0.4)]
+    ("game", "empty", "alone", "pair"),
+    [("cls", 0, 0.3, 0.8), ("mutual", 0, 0.6, 0.7), ("max_mutual", 0, 0.6, 0.4)],
 )
 def test_empty_single_and_pair_coalitions_solved_by_hand(game, empty, alone, pair):
     matrix = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.6, 0.3], [0.4, 0.4, 0.2]], dtype=torch.double)
@@ -95,7 +96,9 @@ def test_empty_single_and_pair_coalitions_solved_by_hand(game, empty, alone, pai
 
 def test_all_coalitions_are_visited_once():
     rows = all_coalitions(5)
-    assert {tuple(row) for row in rows.tolist()} == set(itertools.product([False, True], repeat=5)) and len(rows) == 32
+    assert {tuple(row) for row in rows.tolist()} == set(itertools.product([False, True], repeat=5)) and len(
+        rows
+    ) == 32
 
 
 # The closed forms
@@ -134,7 +137,7 @@ def test_closed_form_equals_enumeration_when_only_some_tokens_play(n, seed, game
 @example(n=10, seed=0, game="max_mutual")
 def test_closed_form_equals_shapiq_on_the_literal_game(n, seed, game):
     matrix = random_matrix(n, seed)
-    literal = lambda rows: np.array([worth(matrix, np.flatnonzero(row), game) for row in rows])  # noqa: E731
+    literal = lambda rows: np.array([worth(matrix, np.flatnonzero(row), game) for row in rows])
     exact = ExactComputer(literal, n_players=n)("SV", 1).get_n_order_values(1)
     assert_close(solve(matrix, game=game), torch.from_numpy(exact), rtol=0, atol=1e-12)
 
@@ -189,7 +192,9 @@ def test_token_without_links_pays_for_the_self_attention_of_others():
 def test_cls_and_mutual_are_linear_in_the_matrix(n, seed, game, factor):
     first, second, players = random_matrix(n, seed), random_matrix(n, seed + 1), random_players(n, seed)
     together = solve(first + factor * second, players, game)
-    assert_close(together, solve(first, players, game) + factor * solve(second, players, game), rtol=0, atol=1e-12)
+    assert_close(
+        together, solve(first, players, game) + factor * solve(second, players, game), rtol=0, atol=1e-12
+    )
 
 
 @given(n=sizes, seed=seeds)
@@ -204,7 +209,9 @@ def test_additivity_value_of_a_sum_of_games_is_the_sum_of_values(n, seed, game):
     matrix, players = random_matrix(n, seed), random_players(n, seed)
     parts = [game_of_players(matrix, players, name) for name in ("cls", game)]
     exact = enumerate_shapley(lambda coalitions: sum(part(coalitions) for part in parts), int(players.sum()))
-    assert_close((solve(matrix, players, "cls") + solve(matrix, players, game))[players], exact, rtol=0, atol=1e-13)
+    assert_close(
+        (solve(matrix, players, "cls") + solve(matrix, players, game))[players], exact, rtol=0, atol=1e-13
+    )
 
 
 # Batches, order and tokens that do not play
@@ -269,7 +276,7 @@ def test_matrix_is_the_mean_over_layers_and_heads_entry_by_entry(weighting):
 
 
 def test_glove_game_gives_the_left_glove_two_thirds():
-    pair = lambda coalitions: (coalitions[:, 0] & coalitions[:, 1:].any(-1)).double()  # noqa: E731
+    pair = lambda coalitions: (coalitions[:, 0] & coalitions[:, 1:].any(-1)).double()
     assert_close(enumerate_shapley(pair, 3), torch.tensor([2 / 3, 1 / 6, 1 / 6], dtype=torch.double))
 
 
@@ -290,7 +297,7 @@ def test_worth_of_the_empty_coalition_is_not_shared_out(seed):
 @pytest.mark.parametrize("game", PAIRWISE)
 def test_sampled_estimates_average_to_the_exact_values(game):
     matrix = random_matrix(5, seed=3)
-    value = lambda coalitions: coalition_values(matrix, coalitions, game)  # noqa: E731
+    value = lambda coalitions: coalition_values(matrix, coalitions, game)
     draws = torch.stack([sampled_shapley(value, 5, budget=60, seed=seed) for seed in range(120)]).double()
     standard_error = draws.std(0) / math.sqrt(len(draws))
     assert (standard_error > 0).all() and (standard_error < 0.05).all()
@@ -322,7 +329,7 @@ def test_published_sampling_converges_to_its_own_expectation(sizes):
     n, count, game = 5, 50_000, "max_mutual"
     matrix, players = random_matrix(n, seed=9) + 2 * torch.eye(n), torch.ones(n, dtype=torch.bool)
     subsets = [subset for size in range(n + 1) for subset in itertools.combinations(range(n), size)]
-    chance = {subset: 1 / 2**n for subset in subsets}
+    chance = dict.fromkeys(subsets, 1 / 2**n)
     if sizes == "kernel":
         kernel = {s: (n - 1) / (s * (n - s)) for s in range(1, n)}  # of all coalitions of size s together
         chance = {s: kernel.get(len(s), 0) / math.comb(n, len(s)) / sum(kernel.values()) for s in subsets}
@@ -343,8 +350,13 @@ def test_published_sampling_converges_to_its_own_expectation(sizes):
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
 @pytest.mark.parametrize("sizes", ["uniform", "kernel"])
 def test_limit_of_published_sampling_is_its_mean_over_all_coalitions(sizes, n, game):
-    matrix, players = random_matrix(n + 2, seed=n), torch.arange(n + 2) % (n + 1) > 0  # neither the first plays nor the last
-    chance = {1: 1.0} if n == 1 else {s: 1 / (s * (n - s)) for s in range(1, n)}  # of all coalitions of a size together
+    matrix, players = (
+        random_matrix(n + 2, seed=n),
+        torch.arange(n + 2) % (n + 1) > 0,
+    )  # neither the first plays nor the last
+    chance = (
+        {1: 1.0} if n == 1 else {s: 1 / (s * (n - s)) for s in range(1, n)}
+    )  # of all coalitions of a size together
     chance = {s: share / sum(chance.values()) / math.comb(n, s) for s, share in chance.items()}
     expected = torch.zeros(n + 2, dtype=torch.double)
     for size in range(n + 1):
@@ -366,9 +378,9 @@ def test_published_sampling_stays_finite_and_off_non_players_at_any_length(n, si
 
 def test_same_seed_same_samples():
     matrix, players = random_matrix(6, seed=1)[None], torch.ones(1, 6, dtype=torch.bool)
-    draw = lambda seed: published_sampling(matrix, players, n_coalitions=20, seed=seed)  # noqa: E731
+    draw = lambda seed: published_sampling(matrix, players, n_coalitions=20, seed=seed)
     assert torch.equal(draw(4), draw(4)) and not torch.equal(draw(4), draw(5))
-    value = lambda coalitions: coalition_values(matrix[0], coalitions, "max_mutual")  # noqa: E731
+    value = lambda coalitions: coalition_values(matrix[0], coalitions, "max_mutual")
     assert torch.equal(sampled_shapley(value, 6, 40, seed=4), sampled_shapley(value, 6, 40, seed=4))
     assert not torch.equal(sampled_shapley(value, 6, 40, seed=4), sampled_shapley(value, 6, 40, seed=5))
 
@@ -443,5 +455,7 @@ def test_bad_sampling_arguments_are_refused():
         published_limit(matrix, players, sizes="normal")
     with pytest.raises(ValueError, match="n_coalitions must be at least 1, not 0"):
         published_sampling(matrix, players, n_coalitions=0)
-    with pytest.raises(ValueError, match="budget of 3 coalitions does not pay for one permutation of 3 players"):
+    with pytest.raises(
+        ValueError, match="budget of 3 coalitions does not pay for one permutation of 3 players"
+    ):
         sampled_shapley(lambda coalitions: coalitions.sum(-1), 3, budget=3)

@@ -1,4 +1,6 @@
-"""A grid is checked before it starts; a sweep finishes what can be finished, whoever dies, and gathers its numbers."""
+"""A grid is checked before it starts; a sweep finishes what can be finished, whoever dies, and gathers its
+numbers.
+"""
 
 import json
 import os
@@ -53,9 +55,13 @@ def test_grid_is_the_product_of_its_lists_and_single_runs(project, grid):
     """)
     runs = project.plans.plan_sweep(path)
     assert [about["varied"] for about in runs.values()] == [
-        {"n_samples": 4, "sets": ["a"]}, {"n_samples": 4, "sets": ["b", "c"]}, {"n_samples": 6, "sets": ["a"]},
-        {"n_samples": 6, "sets": ["b", "c"]}, {"seed": 7}, {"seed": 8},
-    ]  # fmt: skip
+        {"n_samples": 4, "sets": ["a"]},
+        {"n_samples": 4, "sets": ["b", "c"]},
+        {"n_samples": 6, "sets": ["a"]},
+        {"n_samples": 6, "sets": ["b", "c"]},
+        {"seed": 7},
+        {"seed": 8},
+    ]
     chosen = [list(about["plan"]) for about in runs.values()]
     assert chosen == [["01_first"]] * 4 + [["01_first", "02_second"], ["01_first"]]
     assert all(about["plan"]["01_first"] == {"level": 0.25, **about["varied"]} for about in runs.values())
@@ -80,21 +86,38 @@ def test_runs_have_names_that_can_be_read_and_stay(project, grid):
         ("parameters: {seed: 3}", "grid.yaml: 'seed' must be a list of values to try, not 3"),
         ("parameters: {sed: [1]}", "grid.yaml: parameter 'sed' is unknown; did you mean 'seed'?"),
         ("parameters: {seed: [1, x]}", "grid.yaml: parameter 'seed' must be int, not 'x'"),
-        ("parameters: {sets: [a, b]}", "'sets' must be list, not 'a'; in a grid, each of its values is a list"),
-        ("notebooks: [01_frist]\nparameters: {seed: [1]}", "notebook '01_frist' is unknown; did you mean '01_first'?"),
+        (
+            "parameters: {sets: [a, b]}",
+            "'sets' must be list, not 'a'; in a grid, each of its values is a list",
+        ),
+        (
+            "notebooks: [01_frist]\nparameters: {seed: [1]}",
+            "notebook '01_frist' is unknown; did you mean '01_first'?",
+        ),
         ("runs: [{parameters: {seed: x}}]", "grid.yaml: parameter 'seed' must be int, not 'x'"),
-        ("runs: [{parameter: {seed: 1}}]", "key of grid.yaml 'parameter' is unknown; did you mean 'parameters'?"),
-        ("runs: [01_first]", "grid.yaml must map some of notebooks, parameters to their values, not be '01_first'"),
+        (
+            "runs: [{parameter: {seed: 1}}]",
+            "key of grid.yaml 'parameter' is unknown; did you mean 'parameters'?",
+        ),
+        (
+            "runs: [01_first]",
+            "grid.yaml must map some of notebooks, parameters to their values, not be '01_first'",
+        ),
         ("parametres: {seed: [1]}", "key of grid.yaml 'parametres' is unknown; did you mean 'parameters'?"),
         ("- seed", "grid.yaml must map some of profile, notebooks, parameters, runs"),
         ("profile: [smoke]\nparameters: {seed: [1]}", "grid.yaml: 'profile' must be a str, not ['smoke']"),
         ("profile: smok\nparameters: {seed: [1]}", "profile 'smok' does not exist; use one of default"),
-        ("parameters:\n  seed: [1, 2\n", "grid.yaml is not valid YAML: line 3, column 1: expected ',' or ']'"),
+        (
+            "parameters:\n  seed: [1, 2\n",
+            "grid.yaml is not valid YAML: line 3, column 1: expected ',' or ']'",
+        ),
     ],
 )
 def test_bad_grid_is_one_line_and_writes_nothing(project, grid, text, said):
     result = invoke(project, "sweep", grid(text))
-    assert result.exit_code == 2 and said in " ".join(result.output.split()) and "Traceback" not in result.output
+    assert (
+        result.exit_code == 2 and said in " ".join(result.output.split()) and "Traceback" not in result.output
+    )
     assert not (project.root / "runs").exists()
 
 
@@ -118,7 +141,9 @@ def test_sweep_on_a_cluster_is_gathered_and_not_repeated(project, quick, grid, s
     assert invoke(project, *command).exit_code == 0
     assert len(counted(project)) == 8
     both = ("01_first", "02_second")
-    expected = [(f"n_samples={n},seed={seed}", name, "finished") for n in (4, 6) for seed in (0, 1) for name in both]
+    expected = [
+        (f"n_samples={n},seed={seed}", name, "finished") for n in (4, 6) for seed in (0, 1) for name in both
+    ]
     assert states(project) == expected
     table = pd.read_csv(project.root / "runs" / "grid" / "metrics.csv")
     assert list(table) == ["run", "notebook", "n_samples", "seed", "metric", "value"] and len(table) == 24
@@ -134,20 +159,28 @@ def test_sweep_on_a_cluster_is_gathered_and_not_repeated(project, quick, grid, s
 def test_kernels_of_a_sweep_keep_the_memory_they_have_freed(project, quick, grid, scheduler, monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")  # as Dask starts its workers
     write_notebook(project.root, "01_first", "import os\nassert 'MALLOC_TRIM_THRESHOLD_' not in os.environ")
-    result = invoke(project, "sweep", grid("notebooks: 01_first\nparameters: {seed: [0]}"), "--scheduler", scheduler)
+    result = invoke(
+        project, "sweep", grid("notebooks: 01_first\nparameters: {seed: [0]}"), "--scheduler", scheduler
+    )
     assert result.exit_code == 0, result.output
 
 
-def test_what_reads_from_another_runs_after_it_and_a_failure_holds_back_nothing_else(project, quick, grid, scheduler):
+def test_what_reads_from_another_runs_after_it_and_a_failure_holds_back_nothing_else(
+    project, quick, grid, scheduler
+):
     fail = "if seed == 1: raise RuntimeError('bad seed')"
-    write_notebook(project.root, "01_first", COUNT.format(name="01_first"), RESULT.format(name="01_first"), fail)
+    write_notebook(
+        project.root, "01_first", COUNT.format(name="01_first"), RESULT.format(name="01_first"), fail
+    )
     read = "assert Path(figures_dir, 'results', '01_first.json').exists()"
     write_notebook(project.root, "02_second", COUNT.format(name="02_second"), read)
     write_notebook(project.root, "03_third")
     result = invoke(project, "sweep", grid("parameters: {seed: [0, 1, 2]}"), "--scheduler", scheduler)
     assert result.exit_code == 1 and "Error: 2 of 9 notebooks did not finish" in result.output
     [line] = [line for line in result.output.splitlines() if "bad seed" in line]
-    assert "01_first failed in cell 4: RuntimeError: bad seed; log: " in line and os.path.exists(line.split("log: ")[1])
+    assert "01_first failed in cell 4: RuntimeError: bad seed; log: " in line and os.path.exists(
+        line.split("log: ")[1]
+    )
     assert "02_second was held back, because 01_first did not finish" in result.output
     ended = [("seed=1", "01_first", "failed"), ("seed=1", "02_second", "missing")]
     assert [row for row in states(project) if row[2] != "finished"] == ended and len(states(project)) == 9
@@ -161,7 +194,9 @@ def test_unreachable_scheduler_is_told_in_seconds_and_loses_nothing(project, qui
     begun = time.monotonic()
     for address in ("tcp://127.0.0.1:9", "nonsense://x"):
         result = invoke(project, "sweep", path, "--force", "--scheduler", address)
-        assert result.exit_code == 1 and f"no Dask scheduler answers at '{address}'; start one" in result.output
+        assert (
+            result.exit_code == 1 and f"no Dask scheduler answers at '{address}'; start one" in result.output
+        )
     assert time.monotonic() - begun < 20
     assert {state for *_, state in states(project)} == {"finished"}
 
@@ -193,7 +228,9 @@ def test_threads_set_for_openmp_hold_for_every_library(project, monkeypatch):
 
 
 @pytest.mark.parametrize(("more", "workers"), [(["--gpu"], {"with_gpu"}), ([], {"with_gpu", "plain"})])
-def test_a_notebook_that_needs_a_gpu_goes_to_a_worker_that_offers_one(project, quick, grid, scheduler, more, workers):
+def test_a_notebook_that_needs_a_gpu_goes_to_a_worker_that_offers_one(
+    project, quick, grid, scheduler, more, workers
+):
     code = "import time\nfrom distributed import get_worker\nn_samples = get_worker().name\ntime.sleep(0.1)"
     write_notebook(project.root, "01_first", code, COUNT.format(name="01_first"))
     path = grid("notebooks: [01_first]\nparameters: {seed: [0, 1, 2, 3]}")
@@ -208,13 +245,18 @@ if seed == 1 and not Path("died").exists():
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(60)"""
     hold = "while seed == 3 and Path('hold').exists():\n    Path('held').touch()\n    time.sleep(0.05)"
-    write_notebook(project.root, "01_first", COUNT.format(name="01_first"), die, hold, RESULT.format(name="01_first"))
+    write_notebook(
+        project.root, "01_first", COUNT.format(name="01_first"), die, hold, RESULT.format(name="01_first")
+    )
     path = grid("notebooks: [01_first]\nparameters: {seed: [0, 1, 2, 3]}")
     (project.root / "hold").touch()
     running = start(project, "sweep", path, "--workers", "2")
     try:
         end = time.monotonic() + 150
-        while sum(state == "finished" for *_, state in states(project)) < 3 or not (project.root / "held").exists():
+        while (
+            sum(state == "finished" for *_, state in states(project)) < 3
+            or not (project.root / "held").exists()
+        ):
             assert time.monotonic() < end and running.poll() is None, states(project)
             time.sleep(0.1)
     finally:
@@ -233,7 +275,10 @@ if seed == 1 and not Path("died").exists():
 def test_plans_of_two_commands_for_one_folder_are_both_kept(project):
     folder = project.root / "runs" / "both"
     for run in ("a", "b"):
-        project.manifests.record_plan(folder, {run: {"plan": {"01_first": {"seed": 1}}, "varied": {"seed": 1}}})
+        project.manifests.record_plan(
+            folder, {run: {"plan": {"01_first": {"seed": 1}}, "varied": {"seed": 1}}}
+        )
     assert json.loads((folder / "plan.json").read_text()) == {
-        "format": 1, "runs": {run: {"plan": {"01_first": {"seed": 1}}, "varied": {"seed": 1}} for run in ("a", "b")},
-    }  # fmt: skip
+        "format": 1,
+        "runs": {run: {"plan": {"01_first": {"seed": 1}}, "varied": {"seed": 1}} for run in ("a", "b")},
+    }

@@ -1,4 +1,6 @@
-"""Patches as players: who plays, what erasing does to pixels, where a map points, which images and models are refused."""
+"""Patches as players: who plays, what erasing does to pixels, where a map points, which images and models are
+refused.
+"""
 
 import io
 
@@ -43,7 +45,13 @@ PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 5}
 def build(kind):
     """Return a random classifier of 16 × 16 pixels in 4 × 4 patches, eager and frozen."""
     torch.manual_seed(1)
-    common = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": PATCH}
+    common = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": PATCH,
+    }
     common |= {"num_labels": 3, "initializer_range": SPREAD, "intermediate_size": 24}
     config, kind_of_model = {
         "vit": (ViTConfig, ViTForImageClassification),
@@ -76,12 +84,21 @@ class RedAtCorner(torch.nn.Module):
 
     def __init__(self, vit, down=1, right=2):
         super().__init__()
-        self.config, self.base_model, self.weight = vit.config, vit.base_model, torch.nn.Parameter(torch.zeros(1))
-        self.place = (slice(None), 0, slice(down * PATCH, (down + 1) * PATCH), slice(right * PATCH, (right + 1) * PATCH))
+        self.config, self.base_model, self.weight = (
+            vit.config,
+            vit.base_model,
+            torch.nn.Parameter(torch.zeros(1)),
+        )
+        self.place = (
+            slice(None),
+            0,
+            slice(down * PATCH, (down + 1) * PATCH),
+            slice(right * PATCH, (right + 1) * PATCH),
+        )
 
     device = property(lambda self: self.weight.device)
     dtype = property(lambda self: self.weight.dtype)
-    set_attn_implementation = lambda self, name: None  # noqa: E731
+    set_attn_implementation = lambda self, name: None
 
     def forward(self, pixel_values):
         red = pixel_values[self.place].mean((-2, -1))
@@ -103,8 +120,14 @@ def test_players_are_all_tokens_but_the_prefix_of_each_architecture(model):
 
 @pytest.mark.parametrize("registers", [0, 1, 7])
 def test_prefix_is_counted_on_the_model_not_on_its_name(registers):
-    config = Dinov2WithRegistersConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16,
-                                       patch_size=PATCH, num_register_tokens=registers)  # fmt: skip
+    config = Dinov2WithRegistersConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=PATCH,
+        num_register_tokens=registers,
+    )
     model = Dinov2WithRegistersForImageClassification._from_config(config, attn_implementation="eager").eval()
     assert patch_grid(model, (16, 16))[0] == 1 + registers
     model.config.num_register_tokens = 3  # the name says so, the weights do not
@@ -181,7 +204,9 @@ def test_prefix_tokens_are_never_erased_and_such_copies_run_once(model):
     keep[1, 0] = False
     keep[2, -1] = False
     model.register_forward_hook(lambda module, args, output: passed.append(len(output.logits)))
-    whole, without_cls, without_patch = erased_probabilities(model, inputs, torch.tensor([0, 0, 0]), keep, None)
+    whole, without_cls, without_patch = erased_probabilities(
+        model, inputs, torch.tensor([0, 0, 0]), keep, None
+    )
     assert torch.equal(whole, without_cls) and not torch.equal(whole, without_patch) and sum(passed) == 2
 
 
@@ -219,7 +244,11 @@ def test_curves_hold_the_probability_of_images_erased_by_hand(vit):
             without = inputs["pixel_values"][image : image + 1].clone()
             alone = torch.zeros_like(without)
             for patch in order[:size].tolist():
-                place = (..., slice(patch // 4 * 4, patch // 4 * 4 + 4), slice(patch % 4 * 4, patch % 4 * 4 + 4))
+                place = (
+                    ...,
+                    slice(patch // 4 * 4, patch // 4 * 4 + 4),
+                    slice(patch % 4 * 4, patch % 4 * 4 + 4),
+                )
                 alone[place] = without[place]
                 without[place] = 0
             target = vit(pixel_values=inputs["pixel_values"]).logits[image].argmax()
@@ -291,9 +320,20 @@ def test_integrated_gradients_sum_to_the_probability_gained_over_the_flat_colour
 
 def test_exact_and_sampled_shapley_of_the_input_are_efficient_and_agree():
     torch.manual_seed(0)
-    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8,
-                       patch_size=4, num_labels=3, initializer_range=SPREAD)  # fmt: skip
-    small, inputs = ViTForImageClassification._from_config(config, attn_implementation="eager").eval(), pixels(2, size=8)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+        initializer_range=SPREAD,
+    )
+    small, inputs = (
+        ViTForImageClassification._from_config(config, attn_implementation="eager").eval(),
+        pixels(2, size=8),
+    )
     players = patch_players(small, inputs)
     exact = baselines.shapley_input(small, inputs, players, None, target=0)
     sampled = baselines.shapley_input_sampled(small, inputs, players, None, target=0, n_permutations=300)
@@ -360,7 +400,9 @@ def test_localisation_by_hand():
     # ranks of the inside patches: 1 and 3; tied 1-2 and 3; 3 and 4
     expected = torch.tensor([(1 / 1 + 2 / 3) / 2, (1 / 2 + 2 / 3) / 2, (1 / 3 + 2 / 4) / 2])
     assert_close(found.average_precision[:, 0].float(), expected)
-    assert found.average_precision[0, 0] == pytest.approx(average_precision_score([1, 0, 1, 0], [4, 3, 1, -2]))
+    assert found.average_precision[0, 0] == pytest.approx(
+        average_precision_score([1, 0, 1, 0], [4, 3, 1, -2])
+    )
 
 
 def test_constant_map_scores_chance_everywhere():
@@ -411,9 +453,16 @@ def test_folder_is_read_with_subfolders_in_order_and_hidden_files_passed_over(tm
 
 @pytest.mark.parametrize(
     ("mode", "colour", "expected"),
-    [("L", 77, (77, 77, 77)), ("RGBA", (10, 20, 30, 255), (10, 20, 30)), ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
-     ("LA", (50, 255), (50, 50, 50)), ("P", 0, None), ("CMYK", (0, 0, 0, 0), (255, 255, 255)), ("1", 1, (255, 255, 255))],
-)  # fmt: skip
+    [
+        ("L", 77, (77, 77, 77)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
+        ("LA", (50, 255), (50, 50, 50)),
+        ("P", 0, None),
+        ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+        ("1", 1, (255, 255, 255)),
+    ],
+)
 def test_every_colour_mode_becomes_rgb(tmp_path, mode, colour, expected):
     save(tmp_path / ("image.tif" if mode == "CMYK" else "image.png"), Image.new(mode, (8, 8), colour))
     [image] = images.load_images(tmp_path).values()
@@ -459,7 +508,9 @@ def test_missing_and_empty_folders_are_named(tmp_path):
 
 @pytest.fixture
 def processor():
-    return ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.2, 0.4, 0.6], image_std=[0.5, 0.25, 0.1])
+    return ViTImageProcessor(
+        size={"height": 16, "width": 16}, image_mean=[0.2, 0.4, 0.6], image_std=[0.5, 0.25, 0.1]
+    )
 
 
 def test_encoding_and_looking_again_give_the_same_picture(vit, processor):
@@ -481,9 +532,28 @@ def test_processor_whose_size_does_not_divide_is_refused(vit):
 
 
 def unsupported():
-    swin = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4}
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
-    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99, "intermediate_size": 16}
+    swin = {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [1, 1],
+        "window_size": 4,
+    }
+    vision = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    text = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 99,
+        "intermediate_size": 16,
+    }
     yield "swin has windowed attention", SwinForImageClassification(SwinConfig(**swin))
     siglip = SiglipConfig(vision_config=vision | {"intermediate_size": 16}, text_config=text)
     yield "siglip has no single patch_size", SiglipForImageClassification(siglip)
@@ -501,19 +571,33 @@ def test_model_that_cannot_be_explained_is_named_with_what_is_supported(message,
 
 def test_model_without_classification_token_is_refused(vit):
     del vit.base_model.embeddings.cls_token
-    with pytest.raises(ValueError, match="vit has no classification token; use a ViT, DeiT or DINOv2 classifier"):
+    with pytest.raises(
+        ValueError, match="vit has no classification token; use a ViT, DeiT or DINOv2 classifier"
+    ):
         patch_players(vit, pixels())
 
 
 def test_beit_which_has_a_classification_token_still_works():
-    config = BeitConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16,
-                        patch_size=4, num_labels=3)  # fmt: skip
+    config = BeitConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=16,
+        patch_size=4,
+        num_labels=3,
+    )
     beit = BeitForImageClassification._from_config(config, attn_implementation="eager").eval()
     assert read_attention(beit, pixels()).weights.shape[-1] == patch_players(beit, pixels()).shape[-1] == 17
 
 
 def test_levit_without_square_patches_is_refused():
-    three = {"hidden_sizes": [16, 16, 16], "num_attention_heads": [1, 1, 1], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}
+    three = {
+        "hidden_sizes": [16, 16, 16],
+        "num_attention_heads": [1, 1, 1],
+        "depths": [1, 1, 1],
+        "key_dim": [8, 8, 8],
+    }
     levit = LevitForImageClassification(LevitConfig(image_size=32, **three))
     with pytest.raises(ValueError, match="levit has no classification token"):
         patch_players(levit, {"pixel_values": torch.zeros(1, 3, 32, 32)})
@@ -548,7 +632,10 @@ def test_each_map_is_divided_by_its_own_largest_value_and_centred_on_zero(pictur
 
 
 def test_shared_maps_of_a_column_keep_their_proportions(picture):
-    rows = [("before", picture, {"a": np.array([[2.0, 0]])}), ("after", picture, {"a": np.array([[-0.5, 0]])})]
+    rows = [
+        ("before", picture, {"a": np.array([[2.0, 0]])}),
+        ("after", picture, {"a": np.array([[-0.5, 0]])}),
+    ]
     _, axes = plots.patch_heatmaps(rows, shared=True)
     assert [drawn(axis)[0].tolist() for axis in axes[:, 1]] == [[[1, 0]], [[-0.25, 0]]]
 
@@ -558,12 +645,16 @@ def test_unsigned_columns_have_a_scale_and_a_bar_of_their_own_and_outlines_stay_
     rows += [("two", picture, {"a": np.eye(2), "patch norm": np.full((2, 2), 6.0)})]
     mask = np.zeros((16, 16), bool)
     mask[4:8, 8:12] = True
-    figure, axes = plots.patch_heatmaps(rows, outlines=[mask, mask], unsigned={"patch norm": "norm / largest"})
+    figure, axes = plots.patch_heatmaps(
+        rows, outlines=[mask, mask], unsigned={"patch norm": "norm / largest"}
+    )
     assert [drawn(axis)[0].max() for axis in axes[:, 2]] == [0.5, 1] and drawn(axes[0, 2])[1] == (0, 1)
     assert len(figure.axes) == 6 + 2 and "norm / largest" in [axis.get_xlabel() for axis in figure.axes]
     assert len(axes[0, 1].collections) == 1 and not axes[0, 2].collections
     border = np.concatenate([path.vertices for path in axes[0, 1].collections[0].get_paths()])
-    np.testing.assert_allclose([border.min(0), border.max(0)], [[8, 4], [12, 8]], atol=0.01)  # x right, y down
+    np.testing.assert_allclose(
+        [border.min(0), border.max(0)], [[8, 4], [12, 8]], atol=0.01
+    )  # x right, y down
 
 
 def test_map_of_zeros_is_drawn_white(picture):

@@ -40,7 +40,9 @@ found = {{"mean": random.Random(seed).random() * n_samples, "rows": {{"a b": [1,
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project whose two notebooks note each of their runs in count.txt and write results; its modules and root."""
+    """A project whose two notebooks note each of their runs in count.txt and write results; its modules and
+    root.
+    """
     root = tmp_path / "project"
     for folder in ("helpers", "notebooks", "data/profiles"):
         (root / folder).mkdir(parents=True)

@@ -32,7 +32,9 @@ LABELS = {0: "negative", 1: "positive"}
 
 
 def read_training_batches(tokenizer, batch_size: int, seed: int) -> list[dict]:
-    """Return shuffled batches of similar length: sorting within pools of 50 batches wastes little on padding."""
+    """Return shuffled batches of similar length: sorting within pools of 50 batches wastes little on
+    padding.
+    """
     rows = [row for domain in VADER_MEMBERS for row in load_sentences(domain, "train")]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     pools = [order[start : start + 50 * batch_size] for start in range(0, len(order), 50 * batch_size)]
@@ -42,7 +44,9 @@ def read_training_batches(tokenizer, batch_size: int, seed: int) -> list[dict]:
     encoded = []
     for (position,) in loader:
         chosen = [rows[index] for index in batches[position]]
-        batch = tokenizer([row["text"] for row in chosen], padding=True, truncation=True, max_length=96, return_tensors="pt")
+        batch = tokenizer(
+            [row["text"] for row in chosen], padding=True, truncation=True, max_length=96, return_tensors="pt"
+        )
         encoded.append({**batch, "labels": torch.tensor([row["label"] for row in chosen])})
     return encoded
 
@@ -71,12 +75,23 @@ def main(epochs: int, rank: int, learning_rate: float, batch_size: int, seed: in
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     base = AutoModelForSequenceClassification.from_pretrained(
-        get_model_path(), num_labels=2, id2label=LABELS, label2id={name: index for index, name in LABELS.items()}
+        get_model_path(),
+        num_labels=2,
+        id2label=LABELS,
+        label2id={name: index for index, name in LABELS.items()},
     )
-    adapter = LoraConfig(TaskType.SEQ_CLS, r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules="all-linear")
+    adapter = LoraConfig(
+        TaskType.SEQ_CLS, r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules="all-linear"
+    )
     model = get_peft_model(base, adapter).to(resolve_device(device)).train()
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=learning_rate)
-    batches = [batch for epoch in range(epochs) for batch in read_training_batches(tokenizer, batch_size, seed + epoch)]
+    optimizer = torch.optim.AdamW(
+        [weight for weight in model.parameters() if weight.requires_grad], lr=learning_rate
+    )
+    batches = [
+        batch
+        for epoch in range(epochs)
+        for batch in read_training_batches(tokenizer, batch_size, seed + epoch)
+    ]
     schedule = get_linear_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
     with tqdm(batches, desc="training", unit="batch") as progress:
         for batch in progress:
@@ -92,7 +107,9 @@ def main(epochs: int, rank: int, learning_rate: float, batch_size: int, seed: in
     (HERE / "README.md").unlink()  # peft's blank model card; this docstring says what there is to say
     base.config.save_pretrained(HERE)
     model, tokenizer = load_text_classifier(str(HERE), device)
-    accuracies = {domain: round(accuracy(model, tokenizer, domain), 4) for domain in (*VADER_MEMBERS, "movies_short")}
+    accuracies = {
+        domain: round(accuracy(model, tokenizer, domain), 4) for domain in (*VADER_MEMBERS, "movies_short")
+    }
     (HERE / "accuracy.json").write_text(json.dumps(accuracies, indent=2) + "\n", encoding="utf8")
     print(accuracies)
 
