@@ -12,18 +12,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from helpers.attention import GRADIENT_SCALE, AttentionMaps
+from helpers.estimators import enumerate_shapley, sampled_shapley
 from helpers.faithfulness import erased_probabilities
 from helpers.images import replacement_pixels, sum_over_patches
-from helpers.models import (
-    GRADIENT_SCALE,
-    AttentionMaps,
-    encode,
-    fast_attention,
-    resolve_target,
-    token_players,
-)
+from helpers.models import fast_attention, resolve_target
 from helpers.runtime import in_batches
-from helpers.shapley import enumerate_shapley, sampled_shapley
+from helpers.text import encode, token_players
 
 GRADIENT_TOKENS = (
     4096  # tokens in one backward pass of integrated gradients, which walks many points for each input

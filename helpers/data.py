@@ -17,9 +17,13 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from transformers import AutoTokenizer
 
-from helpers.places import HUB_SETS, PROJECT_ROOT, local_folder
+from helpers.paths import CACHE, local_folder
 
-CACHE = PROJECT_ROOT / "data" / "cache"
+HUB_SETS = {  # name: hub id
+    "sst2": "stanfordnlp/sst2",
+    "imdb": "stanfordnlp/imdb",
+    "ag_news": "fancyzhe/ag_news",
+}
 VADER_ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 VADER_RESOURCES = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"

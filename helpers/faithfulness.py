@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
-import scipy.stats
 import torch
 
-from helpers.images import PATCH_OPERATORS, erase_patches
-from helpers.models import fast_attention, patch_players, resolve_target
+from helpers.images import PATCH_OPERATORS, erase_patches, patch_players
+from helpers.models import fast_attention, resolve_target
 from helpers.runtime import in_batches
 
 OPERATORS = ("mask", "delete", "pad", "attention_mask")  # of tokens; those of patches are in helpers.images
@@ -254,30 +252,6 @@ def erase(
             attention.dtype
         )
     return erased
-
-
-def mean_interval(scores, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Return the columns mean, low, high of each column of `scores` (inputs, methods): percentile bootstrap
-    over inputs.
-
-    All methods share the same resamples of the inputs, as a paired comparison wants it. One input alone has
-    no interval: NaN.
-    """
-    scores = pd.DataFrame(scores)
-    if len(scores) < 2:
-        return pd.DataFrame({"mean": scores.mean(), "low": np.nan, "high": np.nan})
-    result = scipy.stats.bootstrap(
-        (scores.to_numpy(),),
-        np.mean,
-        axis=0,
-        confidence_level=confidence,
-        n_resamples=n_resamples,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-        batch=100,
-    )
-    low, high = result.confidence_interval
-    return pd.DataFrame({"mean": scores.mean(), "low": low, "high": high}, index=scores.columns)
 
 
 def _check_erasure(attributions: torch.Tensor, players: torch.Tensor, ks: Sequence[float]) -> None:

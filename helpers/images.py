@@ -2,6 +2,7 @@
 back.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +10,49 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from helpers.models import patch_grid
-from helpers.runtime import project_path
+from helpers.paths import project_path
 
+IMAGE_MODELS = "use a ViT, DeiT or DINOv2 classifier (with or without registers)"
 PATCH_OPERATORS = ("mean", "blur", "noise")
+MIN_IMAGES = 5  # a concept of fewer images is refused
+
+
+def patch_grid(model, size: Sequence[int]) -> tuple[int, int, int]:
+    """Return (prefix tokens, rows, columns) of an image of size (height, width): patches follow the prefix,
+    row by row.
+
+    The prefix is counted on the model itself: its classification, distillation and register tokens.
+    Raises ValueError where the model has no such tokens or no square patches, or the image does not divide
+    into them.
+    """
+    kind, patch = model.config.model_type, getattr(model.config, "patch_size", None)
+    if getattr(model.config, "window_size", None):
+        raise ValueError(f"{kind} has windowed attention, not one map over all patches; {IMAGE_MODELS}")
+    if not isinstance(patch, int):
+        raise ValueError(f"{kind} has no single patch_size; {IMAGE_MODELS}")
+    embeddings = getattr(model.base_model, "embeddings", None)
+    tokens = [
+        getattr(embeddings, name, None) for name in ("cls_token", "distillation_token", "register_tokens")
+    ]
+    if tokens[0] is None:
+        raise ValueError(f"{kind} has no classification token; {IMAGE_MODELS}")
+    height, width = size
+    if height % patch or width % patch:
+        raise ValueError(
+            f"images of {height} × {width} pixels do not divide into patches of {patch}; resize them"
+        )
+    return sum(token.shape[-2] for token in tokens if token is not None), height // patch, width // patch
+
+
+def patch_players(model, inputs) -> torch.Tensor:
+    """Return bool (batch, tokens): True for each image patch, False for the prefix tokens (cls, distillation,
+    registers).
+
+    Raises ValueError as `patch_grid` does.
+    """
+    pixels = inputs["pixel_values"]
+    prefix, rows, columns = patch_grid(model, pixels.shape[-2:])
+    return (torch.arange(prefix + rows * columns, device=pixels.device) >= prefix).expand(len(pixels), -1)
 
 
 def load_images(folder: str | Path, n_images: int | None = None, seed: int = 0) -> dict[str, Image.Image]:
@@ -151,3 +191,53 @@ def _blur(pixels: torch.Tensor, width: float) -> torch.Tensor:
     padded = torch.nn.functional.pad(pixels, (radius,) * 4, mode="replicate")
     along_rows = torch.nn.functional.conv2d(padded, kernel[:, :, None, :], groups=pixels.shape[1])
     return torch.nn.functional.conv2d(along_rows, kernel[:, :, :, None], groups=pixels.shape[1])
+
+
+def load_image_folder(
+    path: str | Path, min_images: int = MIN_IMAGES, max_images: int | None = None
+) -> dict[str, list[Image.Image]]:
+    """Read an ImageFolder tree, path/<name>/*.jpg, as {name: RGB images}, files in the order of their names.
+
+    max_images  keep the first so many readable ones of each folder; None keeps all
+
+    Files that are no readable image are skipped, with a warning that counts and names them. Raises
+    FileNotFoundError without the folder, ValueError without folders in it, where a folder keeps fewer than
+    `min_images` images, or where fewer are asked for.
+    """
+    if max_images is not None and max_images < min_images:
+        raise ValueError(
+            f"at least {min_images} images of each folder are needed, more than the {max_images} asked for"
+        )
+    path = project_path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"folder {str(path)!r} does not exist; it should hold images as <name>/*.jpg")
+    folders = sorted(
+        folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")
+    )
+    if not folders:
+        raise ValueError(f"folder {path.name!r} holds no folders; arrange images as {path.name}/<name>/*.jpg")
+    return {folder.name: _read_images(folder, min_images, max_images) for folder in folders}
+
+
+def _read_images(folder: Path, min_images: int, max_images: int | None) -> list[Image.Image]:
+    images, unreadable = [], []
+    for file in sorted(
+        file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")
+    ):
+        if max_images is not None and len(images) >= max_images:
+            break
+        try:
+            images.append(read_image(file))
+        except ValueError:
+            unreadable.append(file.name)
+    skipped = (
+        f"{len(unreadable)} unreadable files ({', '.join(unreadable[:5])}{', ...' if unreadable[5:] else ''})"
+    )
+    if len(images) < min_images:
+        raise ValueError(
+            f"folder {folder.name!r} has {len(images)} images{f' beside {skipped}' if unreadable else ''}; "
+            f"it needs at least {min_images}"
+        )
+    if unreadable:
+        warnings.warn(f"folder {folder.name!r}: skipped {skipped}", stacklevel=4)
+    return images

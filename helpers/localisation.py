@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from helpers.faithfulness import TIE
-from helpers.models import patch_grid
+from helpers.images import patch_grid
 
 INSIDE = 0.5  # a patch is inside when at least this share of its pixels is
 

@@ -23,7 +23,6 @@ CONCEPT_COLORS = {
 }
 SIGNED = "RdBu_r"  # centred on zero: red speaks for the class, blue against it
 UNSIGNED = "viridis"
-
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,

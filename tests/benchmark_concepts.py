@@ -18,11 +18,12 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from helpers.concept_statistics import fit_cavs
+from helpers.activations import collect_activations, token_activations
+from helpers.cavs import fit_cavs, image_scores
 from helpers.concept_world import TEXTURES, draw_concept_images, draw_scenes
-from helpers.concepts import collect_activations, image_scores, token_activations
 from helpers.models import load_image_classifier
-from helpers.runtime import PROJECT_ROOT, describe_run
+from helpers.paths import PROJECT_ROOT
+from helpers.runtime import describe_run
 
 MODEL = PROJECT_ROOT / "data" / "models" / "concept_vit"
 TARGET, N_IMAGES, N_TARGETS, BATCH = "zebra", 120, 200, 32

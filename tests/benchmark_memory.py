@@ -13,7 +13,8 @@ import torch
 from benchmark_vit import memory
 from transformers import BertConfig, BertForSequenceClassification
 
-from helpers.models import read_attention, set_precision
+from helpers.attention import read_attention
+from helpers.models import set_precision
 from helpers.shapley import WEIGHTINGS, pairwise_matrix
 
 BATCH, TOKENS = 4, 512

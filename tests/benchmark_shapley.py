@@ -18,11 +18,13 @@ import pytest
 import torch
 
 from helpers import baselines
+from helpers.attention import read_attention
 from helpers.data import load_sentences
 from helpers.faithfulness import KS, erased_probabilities, erasure_scores, rationale
-from helpers.models import encode, load_text_classifier, read_attention, token_players
+from helpers.models import load_text_classifier
 from helpers.runtime import measure_cost
 from helpers.shapley import GAMES, WEIGHTINGS, attention_shapley, pairwise_matrix
+from helpers.text import encode, token_players
 
 N_SENTENCES, LONGEST, BATCH = 64, 10, 32
 SHAPLEY_ROWS = list(itertools.product(WEIGHTINGS, GAMES))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from helpers.models import patch_players, read_attention
+from helpers.attention import read_attention
+from helpers.images import patch_players
 from helpers.shapley import GAMES, WEIGHTINGS, attention_shapley, pairwise_matrix
 
 BATCH, LAYERS, HEADS, TOKENS = 8, 12, 12, 197

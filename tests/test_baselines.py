@@ -11,9 +11,10 @@ from conftest import SENTENCES
 from torch.testing import assert_close
 
 from helpers import baselines
+from helpers.attention import AttentionMaps, read_attention
 from helpers.faithfulness import OPERATORS
-from helpers.models import AttentionMaps, encode, read_attention, token_players
 from helpers.runtime import measure_cost
+from helpers.text import encode, token_players
 
 
 @pytest.fixture

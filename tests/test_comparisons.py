@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.comparisons import paired_tests, pareto_front, rank_agreement, tied_with_best
+from helpers.statistics import paired_tests, pareto_front, rank_agreement, tied_with_best
 
 
 def scores_with_differences(**differences):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import SENTENCES, SPREAD, build_text_classifier
 from PIL import Image
+from safetensors import safe_open
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from torch.testing import assert_close
@@ -23,35 +24,25 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from helpers import concept_world, concepts
-from helpers.concept_statistics import (
+from helpers import activations as activation_module
+from helpers import cavs as cavs_module
+from helpers import concept_world
+from helpers.activations import Activations, collect_activations, token_activations
+from helpers.cavs import cav_accuracies, fit_cavs, fit_random_cavs, image_scores, load_cavs, save_cavs
+from helpers.images import load_image_folder
+from helpers.models import find_target, load_image_classifier, set_precision
+from helpers.paths import PROJECT_ROOT
+from helpers.statistics import benjamini_hochberg, bootstrap_interval, empirical_p_values, t_test
+from helpers.tcav import (
     KINDS,
-    Activations,
-    benjamini_hochberg,
-    bootstrap_interval,
-    cav_accuracies,
-    empirical_p_values,
-    fit_cavs,
-    fit_random_cavs,
-    t_test,
-)
-from helpers.concepts import (
     attention_weighted_derivatives,
     cls_derivatives,
-    collect_activations,
-    find_target,
     fit_cav,
-    image_scores,
-    load_cavs,
-    load_image_folder,
     plain_derivatives,
-    save_cavs,
-    token_activations,
     token_gradients,
     ttcav_scores,
 )
-from helpers.models import encode, load_image_classifier, set_precision
-from helpers.runtime import PROJECT_ROOT
+from helpers.text import encode
 
 CONCEPT_VIT = PROJECT_ROOT / "data" / "models" / "concept_vit"
 COMMON = dict(
@@ -264,8 +255,8 @@ def test_where_memory_runs_out_images_go_through_in_smaller_batches(vit, tmp_pat
     cavs = fit_random_cavs(collect_activations(vit, pixels(12), cache_dir=tmp_path / "all"), 3, 2)
     expected = image_scores(vit, pixels(7), 1, {"random": cavs})
     activations = collect_activations(vit, pixels(7), cache_dir=tmp_path / "all").layers
-    for name in ("token_activations", "token_gradients"):
-        monkeypatch.setattr(concepts, name, at_most_two(getattr(concepts, name)))
+    for module, name in ((activation_module, "token_activations"), (cavs_module, "token_gradients")):
+        monkeypatch.setattr(module, name, at_most_two(getattr(module, name)))
     with pytest.warns(UserWarning, match="^7 inputs at a time do not fit into memory; going on with 3$"):
         found = image_scores(vit, pixels(7), 1, {"random": cavs})
     for weighting, values in expected["random"].items():
@@ -292,7 +283,7 @@ def test_cached_activations_equal_uncached_ones(vit, tmp_path):
     first = collect_activations(vit, inputs, batch_size=3, cache_dir=tmp_path)
     direct = token_activations(vit, inputs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(concepts, "_encode", None)  # a second encoding would fail
+        patch.setattr(activation_module, "_encode", None)  # a second encoding would fail
         second = collect_activations(vit, inputs, batch_size=4, cache_dir=tmp_path)
     for layer in range(3):
         assert_close(
@@ -317,15 +308,15 @@ def test_rows_of_texts_are_their_real_tokens(tokenizer, tmp_path):
 
 def test_other_weights_settings_or_images_are_other_entries(vit, tmp_path):
     collect_activations(vit, pixels(2), cache_dir=tmp_path)
-    key = concepts.model_key(vit)
+    key = activation_module.model_key(vit)
     collect_activations(vit, pixels(2, seed=1), cache_dir=tmp_path)
     assert len(list((tmp_path / key).iterdir())) == 2
     vit.config.layer_norm_eps = 1e-3
-    assert concepts.model_key(vit) != key
+    assert activation_module.model_key(vit) != key
     vit.config.layer_norm_eps = 1e-12
-    assert concepts.model_key(vit) == key
+    assert activation_module.model_key(vit) == key
     vit.vit.layers[0].layernorm_before.bias[3] += 1e-3
-    assert concepts.model_key(vit) != key
+    assert activation_module.model_key(vit) != key
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "flipped bit"])
@@ -350,7 +341,7 @@ def test_damaged_cache_files_are_rebuilt_with_a_note(vit, tmp_path, damage):
 
 def test_an_interrupted_encoding_leaves_nothing_behind(vit, tmp_path, monkeypatch):
     batches = [token_activations(vit, pixels(1))]
-    monkeypatch.setattr(concepts, "token_activations", lambda model, batch: batches.pop())
+    monkeypatch.setattr(activation_module, "token_activations", lambda model, batch: batches.pop())
     with pytest.raises(IndexError):
         collect_activations(vit, pixels(2), batch_size=1, cache_dir=tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -528,7 +519,7 @@ def test_cavs_are_saved_with_their_model_and_refused_by_others(vit, tmp_path):
     loaded = load_cavs(path, vit)
     np.testing.assert_array_equal(loaded.vectors, cavs.vectors)
     assert replace(loaded, vectors=None) == replace(cavs, vectors=None)
-    with concepts.safe_open(path, "np") as file:
+    with safe_open(path, "np") as file:
         assert {"model_id", "layers", "concepts", "draws", "hidden"} <= set(file.metadata())
     with pytest.raises(ValueError, match="other weights"):
         load_cavs(path, build_image_classifier("vit", seed=1))

@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from helpers.baselines import random_attributions
-from helpers.faithfulness import (
-    KS,
-    OPERATORS,
-    erase,
-    erased_probabilities,
-    erasure_scores,
-    mean_interval,
-    rationale,
-)
-from helpers.models import encode, token_players
+from helpers.faithfulness import KS, OPERATORS, erase, erased_probabilities, erasure_scores, rationale
 from helpers.runtime import measure_cost
+from helpers.statistics import mean_interval
+from helpers.text import encode, token_players
 
 ROUNDING = {"rtol": 0, "atol": 1e-6}
 seeds = st.integers(0, 2**16)

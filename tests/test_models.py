@@ -23,28 +23,24 @@ from transformers import (
 from transformers.models.bert import modeling_bert
 
 from helpers import baselines, models
+from helpers.attention import read_attention, record_value_norms
 from helpers.data import load_sentences
 from helpers.faithfulness import erasure_scores
+from helpers.images import patch_players
 from helpers.models import (
     SENTIMENT_MODEL,
     check_labels,
-    encode,
     fast_attention,
     load_image_classifier,
     load_text_classifier,
     load_text_classifiers,
-    max_tokens,
-    patch_players,
-    read_attention,
-    record_value_norms,
     resolve_target,
     set_precision,
-    token_players,
     transformer_blocks,
-    word_groups,
 )
-from helpers.runtime import PROJECT_ROOT
+from helpers.paths import PROJECT_ROOT
 from helpers.shapley import GAMES, WEIGHTINGS, attention_shapley, pairwise_matrix
+from helpers.text import encode, max_tokens, token_players, word_groups
 
 
 def change_attentions(model, change):

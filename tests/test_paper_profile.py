@@ -26,12 +26,12 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from helpers.concept_statistics import Cavs
-from helpers.concepts import model_key, save_cavs
+from helpers.activations import model_key
+from helpers.cavs import Cavs, save_cavs
 from helpers.data import load_sentences
 from helpers.models import load_image_classifier
+from helpers.paths import PROJECT_ROOT
 from helpers.pipeline import app
-from helpers.places import PROJECT_ROOT
 from helpers.plans import notebook_parameters, plan_run
 from helpers.runs import run_notebook
 

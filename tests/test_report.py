@@ -16,9 +16,9 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
+from helpers.paths import PROJECT_ROOT
 from helpers.pipeline import NOTEBOOKS, notebook_names
-from helpers.report import render
-from helpers.runtime import PROJECT_ROOT
+from report.render import render
 
 BROWSER = next(
     filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome", "chrome"])), None

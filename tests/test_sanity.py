@@ -8,8 +8,8 @@ import torch
 from conftest import SENTENCES, SPREAD
 from scipy.stats import spearmanr
 
-from helpers.models import encode, token_players
 from helpers.sanity import randomisation_cascade, rank_correlations
+from helpers.text import encode, token_players
 
 
 def move_away(model):

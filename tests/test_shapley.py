@@ -11,18 +11,15 @@ from hypothesis import strategies as st
 from shapiq import ExactComputer
 from torch.testing import assert_close
 
-from helpers.models import AttentionMaps
-from helpers.shapley import (
-    GAMES,
+from helpers.attention import AttentionMaps
+from helpers.estimators import (
     all_coalitions,
-    attention_shapley,
-    coalition_values,
     enumerate_shapley,
-    pairwise_matrix,
     published_limit,
     published_sampling,
     sampled_shapley,
 )
+from helpers.shapley import GAMES, attention_shapley, coalition_values, pairwise_matrix
 
 PAIRWISE = ("mutual", "max_mutual")
 sizes = st.integers(1, 10)

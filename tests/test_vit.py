@@ -32,9 +32,11 @@ from transformers import (
 )
 
 from helpers import baselines, images, plots
+from helpers.attention import read_attention
 from helpers.faithfulness import KS, erase, erased_probabilities, erasure_curves, erasure_scores
+from helpers.images import patch_grid, patch_players
 from helpers.localisation import localise, patches_inside
-from helpers.models import load_image_classifier, patch_grid, patch_players, read_attention
+from helpers.models import load_image_classifier
 from helpers.shapley import GAMES, WEIGHTINGS, attention_shapley, pairwise_matrix
 from tests.conftest import SPREAD
 

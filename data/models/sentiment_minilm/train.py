@@ -24,8 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from helpers.data import VADER_MEMBERS, load_sentences
-from helpers.models import PIP_MODEL, load_text_classifier
-from helpers.runtime import resolve_device
+from helpers.models import PIP_MODEL, load_text_classifier, resolve_device
 
 HERE = Path(__file__).parent
 LABELS = {0: "negative", 1: "positive"}

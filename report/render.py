@@ -20,7 +20,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 from traitlets.config import Config
 
-from helpers.places import PROJECT_ROOT
+from helpers.paths import PROJECT_ROOT
 
 TEMPLATES = Path(__file__).with_name("templates")
 MARK = '<meta name="generator" content="helpers.report">'  # on the index page: a folder that has it may be replaced

@@ -1,0 +1,196 @@
+"""Method 2: token-level TCAV with attention. Gradients at every block, CAVs, weighted derivatives, scores.
+
+Source: Kim et al. (2018), TCAV; Eggen, Lysnæs-Larsen and Strümke (2025), section 4, for tokens and attention.
+"""
+
+import warnings
+
+import numpy as np
+import torch
+from scipy.linalg import LinAlgWarning, solve
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from helpers.activations import block_outputs, check_outputs
+from helpers.attention import GRADIENT_SCALE, check_eager
+from helpers.models import find_target, full_precision, resolve_target
+
+KINDS = ("logistic", "pattern", "fisher", "mean_difference")
+
+
+def token_gradients(model, inputs, target=None) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    """Return ({layer: (batch, tokens, hidden)}, {layer: (batch, tokens)}): ∂y/∂f_l, and the cls attention of
+    layer l.
+
+    y is the logit of `target`: a class number, a label (see `find_target`), a (batch,) tensor, or None for
+    the predicted class. The cls attention is the mean over heads of the cls row of A[l]. One forward and one
+    backward pass; padding has no gradient and no attention. Raises ValueError for an unknown target, a model
+    without eager attention, or gradients that are not finite.
+    """
+    check_eager(model)
+    target = find_target(model, target) if isinstance(target, str) else target
+    with torch.enable_grad(), block_outputs(model, differentiable=True) as outputs:
+        result = model(**inputs, output_attentions=True)
+        maps, chosen = result.attentions or (), resolve_target(model, result.logits, target)
+        explained = result.logits.gather(1, chosen[:, None]).sum()
+        gradients = torch.autograd.grad(explained * GRADIENT_SCALE, check_outputs(model, outputs))
+    if len(maps) != len(gradients) or any(layer is None or layer.ndim != 4 for layer in maps):
+        raise ValueError(
+            f"{type(model).__name__} returned {len(maps)} attention maps for {len(gradients)} blocks"
+        )
+    if not all(torch.isfinite(gradient).all() for gradient in gradients):
+        raise ValueError(
+            "the gradients hold NaN or infinity; check the model's weights, or run it in another precision"
+        )
+    gradients = (gradient / GRADIENT_SCALE for gradient in gradients)
+    rows = (weights[:, :, 0].detach() for weights in maps)
+    return dict(enumerate(gradients)), {
+        i: row.mean(1, dtype=full_precision(row.dtype)) for i, row in enumerate(rows)
+    }
+
+
+def fit_cav(positive, negative, seed: int = 0, kind: str = "logistic") -> torch.Tensor:
+    """Return the CAV (hidden,): the unit vector that points from `negative` to `positive` rows, each (rows,
+    hidden).
+
+    `kind` is one of "logistic" (the paper's), "pattern", "fisher" and "mean_difference"; see `fit_direction`,
+    also for the errors. Tensors or arrays go in, a tensor on the CPU comes out.
+    """
+    copied = [side if isinstance(side, torch.Tensor) else np.array(side) for side in (positive, negative)]
+    rows = [torch.as_tensor(side).detach().cpu() for side in copied]  # a cache file's rows are read-only
+    dtype = torch.float64 if torch.float64 in (rows[0].dtype, rows[1].dtype) else torch.float32
+    return torch.from_numpy(fit_direction(*(side.to(dtype).numpy() for side in rows), kind, seed)[0])
+
+
+def attention_weighted_derivatives(gradients, cls_attention, cavs) -> torch.Tensor:
+    """Return d (batch, tokens, n_cavs): d_t = a_t · s_t · ‖a‖/‖s‖, with s_t = ∂y/∂f_t · cav.
+
+    gradients      (batch, tokens, hidden) ∂y/∂f of one layer
+    cls_attention  (batch, tokens) a, of the same layer
+    cavs           (n_cavs, hidden)
+
+    Where s is zero, so is d. s is divided by its largest entry first, so that norms of tiny gradients do not
+    vanish.
+    """
+    s = plain_derivatives(gradients, cavs)
+    s = s / _nonzero(s.abs().amax(1, keepdim=True))
+    a = cls_attention.to(s)[..., None]
+    return a * s * (a.norm(dim=1, keepdim=True) / _nonzero(s.norm(dim=1, keepdim=True)))
+
+
+def plain_derivatives(gradients, cavs) -> torch.Tensor:
+    """Return s (batch, tokens, n_cavs), s_t = ∂y/∂f_t · cav: token TCAV without attention."""
+    return gradients @ torch.as_tensor(cavs).to(gradients).T
+
+
+def cls_derivatives(gradients, cavs) -> torch.Tensor:
+    """Return the plain derivative (batch, tokens, n_cavs) at the cls token, and zero at every other."""
+    at_cls = plain_derivatives(gradients[:, :1], cavs)
+    return torch.nn.functional.pad(at_cls, (0, 0, 0, gradients.shape[1] - 1))
+
+
+def ttcav_scores(derivatives) -> torch.Tensor:
+    """Return (n_cavs,) the share of images whose mean over tokens of derivatives (batch, tokens, n_cavs) is
+    positive.
+
+    Padding adds zeros, which change no sign. A mean of exactly zero is not positive. Raises ValueError
+    without images.
+    """
+    if not len(derivatives):
+        raise ValueError("there is no image to score")
+    return (derivatives.mean(1) > 0).to(derivatives.dtype).mean(0)
+
+
+def _nonzero(norm: torch.Tensor) -> torch.Tensor:
+    return norm.masked_fill(norm == 0, 1)
+
+
+def fit_direction(
+    positive: np.ndarray,
+    negative: np.ndarray,
+    kind: str = "logistic",
+    seed: int = 0,
+    regression: LogisticRegression | None = None,
+) -> tuple[np.ndarray, float]:
+    """Return the unit vector (hidden,) from negative to positive rows, and the threshold between them along
+    it.
+
+    positive, negative  (rows, hidden)
+    kind                "logistic": coefficients of a logistic regression, L2 penalty with C = 1, as in the
+                        paper "pattern": covariance of all rows times those coefficients (Haufe et al., 2014)
+                        "fisher": inverse covariance within the classes times the difference of their means
+                        "mean_difference": also what regressing the rows on the label gives (Pahde et al.,
+                        2024)
+    seed                for solvers that shuffle rows; Newton's method, used here, draws nothing
+    regression          that of an earlier call, from `new_regression`, whose solution is near this one: saves
+                        steps
+
+    Rows are centred first: the intercept carries no penalty, so the optimum stays where it was, and the
+    Hessian becomes well conditioned enough for single precision. Raises ValueError for an unknown kind, and
+    for rows that do not fit together, hold NaN or infinity, or are alike on both sides.
+    """
+    _check_rows(positive, negative, kind)
+    rows = np.concatenate([positive, negative])
+    is_positive = np.arange(len(rows)) < len(positive)
+    center = rows.mean(0)
+    if not np.isfinite(center).all():
+        raise ValueError("the activations hold NaN or infinity; check the model's weights and dtype")
+    rows -= center
+    means = np.stack([rows[: len(positive)].mean(0), rows[len(positive) :].mean(0)])
+    if kind in ("logistic", "pattern"):
+        direction, intercept = _fit_logistic(rows, is_positive, regression or new_regression(seed))
+    if kind == "pattern":
+        direction = (rows @ direction) @ rows
+    elif kind == "mean_difference":
+        direction = means[0] - means[1]
+    elif kind == "fisher":
+        rows -= means[1 - is_positive.astype(int)]
+        within = (rows.T @ rows).astype(np.float64)
+        within += (1e-4 * np.trace(within) / len(within) or 1) * np.eye(
+            len(within)
+        )  # a little shrinkage, for few rows
+        direction = solve(within, means[0] - means[1], assume_a="pos")
+    norm = np.linalg.norm(direction)
+    if norm == 0:
+        raise ValueError(
+            "positive and negative rows are alike, so no direction separates them; use other images"
+        )
+    threshold = -intercept if kind == "logistic" else means.mean(0) @ direction
+    unit = (direction / norm).astype(rows.dtype)
+    return unit, float(threshold / norm + center @ unit)
+
+
+def _check_rows(positive: np.ndarray, negative: np.ndarray, kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
+    if np.ndim(positive) != 2 or np.ndim(negative) != 2 or positive.shape[1] != negative.shape[1]:
+        raise ValueError(
+            f"positive {np.shape(positive)} and negative {np.shape(negative)} must both be (rows, hidden)"
+        )
+    if not len(positive) or not len(negative):
+        raise ValueError(
+            f"a CAV needs rows on both sides, not {len(positive)} positive and {len(negative)} negative"
+        )
+
+
+def new_regression(seed: int = 0) -> LogisticRegression:
+    """Return a logistic regression for many rows and few columns: 3 to 13 Newton steps where lbfgs takes
+    hundreds.
+
+    The default tolerance, 1e-4, can stop 15 degrees short of the optimum where a concept separates perfectly.
+    """
+    return LogisticRegression(solver="newton-cholesky", tol=1e-6, warm_start=True, random_state=seed)
+
+
+def _fit_logistic(
+    rows: np.ndarray, is_positive: np.ndarray, regression: LogisticRegression
+) -> tuple[np.ndarray, float]:
+    """Return coefficients (hidden,) and intercept."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ConvergenceWarning)
+            warnings.simplefilter("error", LinAlgWarning)
+            regression.fit(rows, is_positive)
+    except (ConvergenceWarning, LinAlgWarning):
+        regression.fit(rows.astype(np.float64), is_positive)  # single precision was too coarse
+    return regression.coef_[0], regression.intercept_[0]

@@ -1,0 +1,64 @@
+"""Texts in, tokens out: encode, name the tokens that play, and bring tokens together to words."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+
+def encode(texts: Sequence[str], tokenizer, model):
+    """Tokenise `texts` for `model`: a padded BatchEncoding of tensors (texts, tokens) on the model's device.
+
+    A text longer than the model allows is cut, with a warning that says how many of its tokens are explained.
+    Raises ValueError for an empty batch, or a text with nothing to explain (its position is named).
+    """
+    texts = list(texts)
+    if not texts:
+        raise ValueError("there is no text to explain")
+    limit = min(tokenizer.model_max_length, max_tokens(model))
+    lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    for position, length in enumerate(lengths):
+        if length > limit:
+            warnings.warn(
+                f"text {position}: explained {limit} of {length} tokens, the most this model reads",
+                stacklevel=2,
+            )
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    for position, n_players in enumerate(token_players(inputs, tokenizer).sum(-1).tolist()):
+        if n_players == 0:
+            raise ValueError(f"text {position} ({texts[position]!r}) has no token to explain; leave it out")
+    return inputs.to(model.device)
+
+
+def max_tokens(model) -> int:
+    """Return how many tokens a text model has positions for (RoBERTa keeps two of its positions for
+    padding).
+    """
+    config = model.config
+    reserved = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return config.max_position_embeddings - reserved
+
+
+def token_players(inputs, tokenizer) -> torch.Tensor:
+    """Return bool (batch, tokens): True for each token that is neither special nor padding. [UNK] and [MASK]
+    play.
+    """
+    frame = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    frame = torch.tensor(sorted(frame - {None}), device=inputs["input_ids"].device)
+    return inputs["attention_mask"].bool() & ~torch.isin(inputs["input_ids"], frame)
+
+
+def word_groups(inputs, row: int, text: str) -> list[tuple[str, list[int]]]:
+    """Return the words of one encoded text with the positions of their tokens, in reading order.
+
+    Shapley values are additive over players, so a word's attribution is the sum over its positions.
+    """
+    groups: dict[int, list[int]] = {}
+    for position, word in enumerate(inputs.word_ids(row)):
+        if word is not None:
+            groups.setdefault(word, []).append(position)
+    spans = [inputs.word_to_chars(row, word) for word in groups]
+    return [
+        (text[span.start : span.end], positions)
+        for span, positions in zip(spans, groups.values(), strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""The reading edition: the executed notebooks as pages."""
