@@ -64,19 +64,17 @@ def read_attention(
         maps = list(output.attentions or ())
         _check_maps(model, maps)
         chosen = resolve_target(model, output.logits, target)
-        slopes = []
+        found = []
         if gradients:
             explained = output.logits.gather(1, chosen[:, None]).sum()
-            slopes = list(torch.autograd.grad(explained * GRADIENT_SCALE, maps))
+            found = list(torch.autograd.grad(explained * GRADIENT_SCALE, maps))
     logits = output.logits.detach()
     del output  # the graph holds the maps; let it go before they are stacked
     weights = _stack(maps)
-    slopes = _stack(slopes).div_(GRADIENT_SCALE) if gradients else None
-    for found, what in ((weights, "attention weights"), (slopes, "gradients of the attention")):
-        if found is not None and not torch.isfinite(found).all():
-            raise ValueError(
-                f"the {what} hold NaN or infinity; check the model's weights, or run it in another precision"
-            )
+    slopes = _stack(found).div_(GRADIENT_SCALE) if gradients else None
+    for values, what in ((weights, "attention weights"), (slopes, "gradients of the attention")):
+        if values is not None and not torch.isfinite(values).all():
+            raise ValueError(f"the {what} hold NaN or infinity; check the model's weights, or its precision")
     real = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
     return AttentionMaps(logits, chosen, weights, slopes, real)
 

@@ -29,14 +29,12 @@ def enumerate_shapley(
             f"enumeration of {n_players} players asked for, but it is limited to 1 to {max_players} "
             f"(2**n coalitions); raise max_players, or estimate with sampled_shapley"
         )
-    values = value(all_coalitions(n_players))
+    coalitions = all_coalitions(n_players)
+    values = value(coalitions)
     v, rows = values.double(), torch.arange(2**n_players, device=values.device)
-    size = sum((rows >> player) & 1 for player in range(n_players))
-    weight = [
-        math.factorial(s) * math.factorial(n_players - s - 1) / math.factorial(n_players)
-        for s in range(n_players)
-    ]
-    weight = torch.tensor(weight, dtype=v.dtype, device=v.device)
+    size = coalitions.sum(-1).to(v.device)
+    orders = [math.factorial(s) * math.factorial(n_players - s - 1) for s in range(n_players)]
+    weight = torch.tensor(orders, dtype=v.dtype, device=v.device) / math.factorial(n_players)
     shapley = []
     for player in range(n_players):
         without = rows[(rows >> player) & 1 == 0]

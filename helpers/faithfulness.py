@@ -62,6 +62,7 @@ class ErasureCurves:
     @property
     def insertion_area(self) -> torch.Tensor:
         """Area (..., batch) under the insertion curve; higher is better."""
+        assert self.alone is not None
         return torch.trapezoid(self.alone, torch.tensor(self.ks, device=self.alone.device) / 100)
 
     def scores(self, ks: Sequence[float] = KS) -> ErasureScores:
@@ -71,7 +72,7 @@ class ErasureCurves:
         at = [self.ks.index(k) for k in ks]
         p, divisor = self.probability[:, None], len(ks) + 1
         comprehensiveness = (p - self.without[..., at]).sum(-1) / divisor
-        if self.alone is None:
+        if self.alone is None or self.kept_predictions is None:
             return ErasureScores(comprehensiveness, None, None, self.probability)
         sufficiency = (p - self.alone[..., at]).sum(-1) / divisor
         return ErasureScores(comprehensiveness, sufficiency, self.kept_predictions[..., at], self.probability)
@@ -207,7 +208,7 @@ def erased_probabilities(
     key = np.concatenate([rows.cpu().numpy()[:, None].astype(np.int64).view(np.uint8), packed], axis=1)
     _, first, inverse = np.unique(key, axis=0, return_index=True, return_inverse=True)
     lengths = real.sum(-1)[rows].cpu().numpy()
-    order = first[np.argsort(-lengths[first], kind="stable")]  # longest first: it bounds its batch
+    order = first[np.argsort(-lengths[first], kind="stable")].tolist()  # longest first: it bounds its batch
     position = np.empty(len(key), dtype=np.int64)
     position[order] = np.arange(len(order))
 
@@ -254,7 +255,7 @@ def erase(
     return erased
 
 
-def check_mask_token(mask_token_id: int | None) -> None:
+def check_mask_token(mask_token_id: int | torch.Tensor | None) -> None:
     """Raise ValueError where there is no token to mask with."""
     if mask_token_id is None:
         raise ValueError(

@@ -61,7 +61,7 @@ def localise(attributions: torch.Tensor, players: torch.Tensor, inside: torch.Te
     inside = inside & players
     chance = inside.sum(-1) / players.sum(-1)
     if ((chance == 0) | (chance == 1)).any():
-        row = ((chance == 0) | (chance == 1)).nonzero()[0].item()
+        row = int(((chance == 0) | (chance == 1)).nonzero()[0])
         raise ValueError(
             f"the mask of image {row} holds {int(inside[row].sum())} of {int(players[row].sum())} patches"
         )

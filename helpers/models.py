@@ -289,11 +289,7 @@ def resolve_device(device: str = "auto") -> torch.device:
     Raises ValueError for a device that torch does not know or that this machine does not have.
     """
     if device == "auto":
-        return (
-            torch.accelerator.current_accelerator()
-            if torch.accelerator.is_available()
-            else torch.device("cpu")
-        )
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

@@ -35,10 +35,10 @@ def pairwise_matrix(maps: AttentionMaps, weighting: str = "attention") -> torch.
         return maps.weights.mean((1, 2))
     if maps.gradients is None:
         raise ValueError("weighting 'gradient' needs gradients; call read_attention(..., gradients=True)")
-    layers = zip(
-        maps.weights.unbind(1), maps.gradients.unbind(1), strict=True
-    )  # one layer at a time keeps memory flat
-    return sum((weights * gradients.relu()).mean(1) for weights, gradients in layers) / maps.weights.shape[1]
+    matrix = torch.zeros_like(maps.weights[:, 0, 0])
+    for weights, gradients in zip(maps.weights.unbind(1), maps.gradients.unbind(1), strict=True):
+        matrix += (weights * gradients.relu()).mean(1)  # one layer at a time keeps memory flat
+    return matrix / maps.weights.shape[1]
 
 
 def pair_values(matrix: torch.Tensor, game: str) -> torch.Tensor:

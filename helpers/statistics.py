@@ -84,10 +84,10 @@ def pareto_front(prices: Sequence[float], scores: Sequence[float]) -> np.ndarray
     """Return bool (methods,): True where no other method scores at least as high for at most the price, and
     differs.
     """
-    prices, scores = np.asarray(prices, dtype=float), np.asarray(scores, dtype=float)
-    no_worse = (prices[None] <= prices[:, None]) & (scores[None] >= scores[:, None])
-    better = (prices[None] < prices[:, None]) | (scores[None] > scores[:, None])
-    return ~(no_worse & better).any(1)
+    price, score = np.asarray(prices, dtype=float), np.asarray(scores, dtype=float)
+    no_worse = (price[None] <= price[:, None]) & (score[None] >= score[:, None])
+    better = (price[None] < price[:, None]) | (score[None] > score[:, None])
+    return np.asarray(~(no_worse & better).any(1))
 
 
 def rank_agreement(attributions: pd.DataFrame, inputs) -> pd.DataFrame:
