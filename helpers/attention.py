@@ -83,7 +83,8 @@ def check_eager(model) -> None:
     """Raise ValueError for a model whose kind of attention returns no weights."""
     if getattr(model.config, "_attn_implementation", "eager") != "eager":
         raise ValueError(
-            f"{type(model).__name__} runs {model.config._attn_implementation} attention, which returns no weights; "
+            f"{type(model).__name__} runs {model.config._attn_implementation} attention, which returns no "
+            f"weights; "
             "load it with attn_implementation='eager', or call model.set_attn_implementation('eager')"
         )
 
@@ -163,7 +164,8 @@ def _check_maps(model, maps: list) -> None:
         )
     if len({layer.shape for layer in maps}) > 1 or maps[0].shape[-1] != maps[0].shape[-2]:
         raise ValueError(
-            f"{type(model).__name__} uses windowed or pooled attention; use a BERT-like or ViT-like classifier"
+            f"{type(model).__name__} uses windowed or pooled attention; use a BERT-like or ViT-like "
+            f"classifier"
         )
 
 

@@ -254,7 +254,8 @@ def _explained(error: Exception, name: str, source: str, folder: Path | None) ->
     if folder is None:
         found = " ".join(str(error).split())
         return ConnectionError(
-            f"set {name!r} ({source}) cannot be loaded; connect to its hub once, or pass a local folder: {found}"
+            f"set {name!r} ({source}) cannot be loaded; connect to its hub once, or pass a local folder: "
+            f"{found}"
         )
     files = _data_files(folder)
     for path in files:

@@ -259,7 +259,8 @@ def check_mask_token(mask_token_id: int | torch.Tensor | None) -> None:
     """Raise ValueError where there is no token to mask with."""
     if mask_token_id is None:
         raise ValueError(
-            "mask_token_id is None, so there is no token to mask with; give tokenizer.mask_token_id, or where the "
+            "mask_token_id is None, so there is no token to mask with; give tokenizer.mask_token_id, or "
+            "where the "
             "tokenizer has none, erase by another operator: delete, pad or attention_mask"
         )
 

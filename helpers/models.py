@@ -173,7 +173,8 @@ def check_cls_first(tokenizer) -> None:
     first = tokenizer("a")["input_ids"][:1]
     if tokenizer.cls_token_id is None or first != [tokenizer.cls_token_id]:
         raise ValueError(
-            f"{type(tokenizer).__name__} puts no classification token first, so there is no [CLS] whose attention "
+            f"{type(tokenizer).__name__} puts no classification token first, so there is no [CLS] whose "
+            f"attention "
             "could be read; use a model of the BERT kind (BERT, DistilBERT, RoBERTa, ELECTRA)"
         )
 
@@ -230,12 +231,15 @@ def _from_pretrained(loader, folder: str, **options):
         offline = constants.HF_HUB_OFFLINE and not Path(folder).is_dir()  # only the hub's cache was looked at
         if "model.safetensors" in str(error) and not offline:
             raise FileNotFoundError(
-                f"{folder!r} has no model.safetensors; pickled weights are not read here. Where you trust them, "
+                f"{folder!r} has no model.safetensors; pickled weights are not read here. Where you trust "
+                f"them, "
                 f'convert them once: `python -c "from transformers import {loader.__name__} as M; '
-                f"M.from_pretrained({folder!r}).save_pretrained('FOLDER')\"`, and copy its other files there ({error})"
+                f"M.from_pretrained({folder!r}).save_pretrained('FOLDER')\"`, and copy its other files "
+                f"there ({error})"
             ) from error
         raise ConnectionError(
-            f"{folder!r} cannot be loaded; download it where there is a network and pass its local folder: {error}"
+            f"{folder!r} cannot be loaded; download it where there is a network and pass its local folder: "
+            f"{error}"
         ) from error
     finally:
         if bars:

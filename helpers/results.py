@@ -77,6 +77,7 @@ def load_results(folder: Path, **expected) -> dict:
     if differing:
         found = ", ".join(f"{key} {results.get(key)!r} and not {value!r}" for key, value in differing.items())
         raise ValueError(
-            f"the results of {folder.name} were made with {found}; run it and this notebook with the same parameters"
+            f"the results of {folder.name} were made with {found}; run it and this notebook with the same "
+            f"parameters"
         )
     return results

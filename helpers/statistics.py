@@ -199,5 +199,6 @@ def _check_finite(scores: pd.DataFrame) -> None:
     if bad.any():
         column = scores.columns[bad.any(0)][0]
         raise ValueError(
-            f"{bad.any(1).sum()} inputs have no finite score of {column!r}; leave out these inputs, or that column"
+            f"{bad.any(1).sum()} inputs have no finite score of {column!r}; leave out these inputs, or that "
+            f"column"
         )

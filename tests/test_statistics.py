@@ -20,7 +20,8 @@ def scores_with_differences(**differences):
 
 
 def test_p_of_wilcoxon_and_holm_are_those_of_a_hand_calculation():
-    scores = scores_with_differences(  # rank sums of the rarer sign 3, 0, 1: 5, 1 and 2 of 64 signs are as extreme, twice
+    # rank sums of the rarer sign are 3, 0 and 1: 5, 1 and 2 of 64 signs are as extreme, twice
+    scores = scores_with_differences(
         third=np.array([-1, -2, 3, 4, 5, 6]), first=np.arange(1, 7), second=np.array([-1, 2, 3, 4, 5, 6])
     )
     table = paired_tests(scores, "reference")
