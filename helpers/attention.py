@@ -35,8 +35,7 @@ class AttentionMaps:
 def read_attention(
     model, inputs, target=None, gradients: bool = False, mean_heads: bool = False
 ) -> AttentionMaps:
-    """Run one forward pass, and with `gradients` one backward pass, and return the attention of every layer
-    and head.
+    """Run one forward pass, with `gradients` one backward pass, and return the attention of every head.
 
     inputs      what the model takes: input_ids and attention_mask (batch, tokens), or pixel_values
     target      class to explain: None for the predicted one, a class number, a label name, or a (batch,)
@@ -91,8 +90,7 @@ def check_eager(model) -> None:
 
 @contextmanager
 def record_value_norms(model):
-    """Record, in the enclosed forward pass, how long the vectors are that each head moves: attention weighs
-    only them.
+    """Record in the enclosed pass how long the vectors are that each head moves: attention weighs them.
 
     Yields a list that holds afterwards one tensor (batch, heads, tokens) a layer, ‖v_j W_O‖ of every head's
     values v and output weights W_O. Source: Kobayashi et al. (2020). Raises ValueError for a model without
@@ -142,9 +140,7 @@ def _require_gradient(module, args, output):
 
 
 def _average_heads(module, args, output):
-    """Replace, in what an attention module returns, the weights (batch, heads, tokens, tokens) by their
-    mean.
-    """
+    """Replace the weights (batch, heads, tokens, tokens) that an attention module returns by their mean."""
     if isinstance(output, tuple) and len(output) > 1 and torch.is_tensor(output[1]) and output[1].ndim == 4:
         return (
             output[0],
@@ -170,9 +166,7 @@ def _check_maps(model, maps: list) -> None:
 
 
 def _stack(layers: list) -> torch.Tensor:
-    """Move a list of (batch, heads, tokens, tokens) into one (batch, layers, heads, tokens, tokens), freeing
-    each.
-    """
+    """Move maps of layers into one tensor (batch, layers, heads, tokens, tokens), freeing each."""
     batch, *rest = layers[0].shape
     stacked = layers[0].new_empty(
         batch, len(layers), *rest, dtype=full_precision(layers[0].dtype), requires_grad=False

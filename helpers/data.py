@@ -1,6 +1,4 @@
-"""Sentences with labels: human-rated ones that install from PyPI, and the paper's sets by hub name or local
-folder.
-"""
+"""Sentences with labels: human-rated ones from PyPI, the paper's sets by hub name, or a local folder."""
 
 import hashlib
 import io
@@ -117,9 +115,7 @@ def fetch_vader() -> dict[str, Path]:
 
 
 def extract_vader(archive: Path, paths: dict[str, Path]) -> None:
-    """Check the SHA-256 of the VADER source archive and copy its ground-truth members to `paths`, whole or
-    not at all.
-    """
+    """Check the SHA-256 of VADER's archive and copy its ground truth to `paths`, whole or not at all."""
     content = archive.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != VADER_SHA256:
@@ -152,9 +148,7 @@ def _in_test(key: str) -> bool:
 
 @cache
 def _vader_splits(domain: str) -> DatasetDict:
-    """Read one domain and split it by document; a text that stands in any test split is dropped from
-    train.
-    """
+    """Read one domain and split it by document; a text of any test split is dropped from train."""
     frames = {}
     for name, path in fetch_vader().items():
         rows = [line.split("\t", 2) for line in path.read_text(encoding="utf8").splitlines() if line.strip()]

@@ -1,5 +1,4 @@
-"""Does the model's decision hang on the tokens that an explanation ranks first? Erase them, or keep only
-them.
+"""Does the decision hang on the tokens that an explanation ranks first? Erase them, or keep only them.
 
 Tokens are those of a text or the patches of an image; both are erased, scored and shared in the same way.
 """
@@ -128,8 +127,7 @@ def erasure_curves(
     progress: bool = False,
     sufficiency: bool = True,
 ) -> ErasureCurves:
-    """Erase the rationale, and all but the rationale, at each k: deletion and insertion curves (Petsiuk et
-    al., 2018).
+    """Erase the rationale, and all else, at each k: deletion and insertion curves (Petsiuk et al., 2018).
 
     inputs         what the model takes: input_ids and attention_mask (batch, tokens), or pixel_values
     attributions   (batch, tokens), or (methods, batch, tokens): then equal erased inputs of all methods are
@@ -229,9 +227,7 @@ def erased_probabilities(
 def erase(
     model, inputs, rows: torch.Tensor, keep: torch.Tensor, mask_token_id, operator: str = "mask"
 ) -> dict:
-    """Return the inputs of chosen rows with every token outside `keep` erased, texts cut to the longest of
-    them.
-    """
+    """Return the inputs of chosen rows, what is outside `keep` erased, texts cut to the longest."""
     if "pixel_values" in inputs:
         return erase_patches(model, inputs["pixel_values"][rows], keep, mask_token_id, operator)
     rows = rows.to(inputs["input_ids"].device)

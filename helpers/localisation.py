@@ -1,6 +1,4 @@
-"""Does a heatmap point at the thing? Patch attributions against the mask of an object that is known to be
-there.
-"""
+"""Does a heatmap point at the thing? Patch attributions against the mask of a known object."""
 
 from dataclasses import dataclass
 
@@ -33,8 +31,7 @@ class Localisation:
 
 
 def patches_inside(model, inputs, masks, at_least: float = INSIDE) -> torch.Tensor:
-    """Return bool (batch, tokens): True for patches with `at_least` this share inside masks (batch, height,
-    width).
+    """Return bool (batch, tokens): patches with `at_least` this share inside masks (batch, height, width).
 
     Masks may have another size than the encoded images, but must show the same crop.
     """

@@ -52,8 +52,7 @@ def load_text_classifier(model_id: str = SENTIMENT_MODEL, device: str = "auto", 
 def load_text_classifiers(
     model_ids: Sequence[str], sets: Sequence[str], device: str = "auto", precision: str = "float32"
 ) -> dict:
-    """Return {set: (model, tokenizer)} for one model that serves all sets, or one for each; equal ids load
-    once.
+    """Return {set: (model, tokenizer)} for one model for all sets, or one for each; equal ids load once.
 
     Raises ValueError where their numbers do not fit.
     """
@@ -109,9 +108,7 @@ def _forward_in_half(model, *args, **kwargs):
 
 @contextmanager
 def fast_attention(model):
-    """Run the enclosed passes without attention maps, under PyTorch's fused attention where the model has
-    it.
-    """
+    """Run the enclosed passes under PyTorch's fused attention where the model has it, without maps."""
     before = model.config._attn_implementation
     if getattr(model, "_supports_sdpa", False):
         model.set_attn_implementation("sdpa")
@@ -152,9 +149,7 @@ def check_explainable(model, inputs=None, gradients: bool = False) -> None:
 
 
 def check_players(players: torch.Tensor) -> None:
-    """Raise ValueError for players that are not bool, and for an input that has none (its position is
-    named).
-    """
+    """Raise ValueError for players that are not bool, and name an input that has none."""
     if players.dtype != torch.bool:
         raise ValueError(
             f"players are bool (batch, tokens), not {players.dtype}; see token_players, patch_players"
@@ -167,9 +162,7 @@ def check_players(players: torch.Tensor) -> None:
 
 
 def check_cls_first(tokenizer) -> None:
-    """Raise ValueError for a tokenizer that does not begin with a classification token, which the games start
-    from.
-    """
+    """Raise ValueError for a tokenizer that does not begin with a classification token."""
     first = tokenizer("a")["input_ids"][:1]
     if tokenizer.cls_token_id is None or first != [tokenizer.cls_token_id]:
         raise ValueError(
@@ -180,8 +173,7 @@ def check_cls_first(tokenizer) -> None:
 
 
 def transformer_blocks(model) -> list:
-    """Return the model's transformer blocks in order: its one ModuleList that is as long as the configuration
-    says.
+    """Return the transformer blocks in order: the one ModuleList as long as the configuration says.
 
     Raises ValueError where there is none, or more than one.
     """
@@ -268,9 +260,7 @@ def _load_model(loader, folder: str, brought: Collection[str] = (), **options):
 
 
 def _load_adapter(folder: str):
-    """Merge a PEFT adapter with its head into its base model; return a plain transformers model and the
-    base's name.
-    """
+    """Merge a PEFT adapter with its head into its base; return a plain model and the base's name."""
     from peft import PeftConfig, PeftModel
 
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path

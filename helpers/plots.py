@@ -144,8 +144,7 @@ def _break_lines(tokens: Sequence[str], line: int) -> list[tuple[float, int, flo
 def method_strips(
     scores: pd.DataFrame, intervals: pd.DataFrame, measure: str, label: str | None = None
 ) -> tuple[plt.Figure, np.ndarray]:
-    """Draw one panel a data set and in it one strip a method: every input a dot, a line at the mean with its
-    interval.
+    """Draw a panel for each set, a strip for each method: inputs as dots, the mean with its interval.
 
     scores     long table with the columns set, method, family and `measure`, one row an input
     intervals  the same without inputs: set, method, family, mean, low, high of `measure`

@@ -40,9 +40,7 @@ def encode(texts: Sequence[str], tokenizer, model):
 
 
 def max_tokens(model) -> int:
-    """Return how many tokens a text model has positions for (RoBERTa keeps two of its positions for
-    padding).
-    """
+    """Return how many tokens a text model has positions for (RoBERTa keeps two for padding)."""
     config = model.config
     reserved = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
     return config.max_position_embeddings - reserved
