@@ -24,7 +24,8 @@ def results_folder(figures_dir: str | Path, notebook: str) -> Path:
 def find_results(figures_dir: str | Path, notebook: str, file: str = "results.json") -> Path:
     """Return the folder of an earlier notebook's results, and say whose they are.
 
-    Those below `figures_dir` come first, then those of the default run, then the committed ones. Raises FileNotFoundError, with the command that makes them, where none of these holds `file`.
+    Those below `figures_dir` come first, then those of the default run, then the committed ones. Raises
+    FileNotFoundError, with the command that makes them, where none of these holds `file`.
     """
     places = {
         "this run": project_path(figures_dir),
