@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from helpers.concept_statistics import MIN_IMAGES, Activations, Cavs, fit_direction
 from helpers.images import read_image
 from helpers.models import GRADIENT_SCALE, check_eager, full_precision, resolve_target, transformer_blocks
-from helpers.places import PROJECT_ROOT, project_path
+from helpers.places import PROJECT_ROOT, local_path, project_path
 from helpers.runtime import in_batches
 
 CACHE = PROJECT_ROOT / "data" / "cache" / "activations"
@@ -468,7 +468,7 @@ def load_image_folder(
         raise ValueError(
             f"at least {min_images} images of each folder are needed, more than the {max_images} asked for"
         )
-    path = project_path(path)
+    path = local_path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"folder {str(path)!r} does not exist; it should hold images as <name>/*.jpg")
     folders = sorted(

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from helpers.models import patch_grid
-from helpers.runtime import project_path
+from helpers.places import local_path
 
 PATCH_OPERATORS = ("mean", "blur", "noise")
 
@@ -24,7 +24,7 @@ def load_images(folder: str | Path, n_images: int | None = None, seed: int = 0) 
     camera says. Raises FileNotFoundError for no such folder, ValueError for an empty one or a file that is no
     whole 8-bit image.
     """
-    folder = project_path(folder)
+    folder = local_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {str(folder)!r} does not exist")
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
