@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from helpers.concept_statistics import MIN_IMAGES, Activations, Cavs, fit_direction
 from helpers.images import read_image
 from helpers.models import GRADIENT_SCALE, check_eager, full_precision, resolve_target, transformer_blocks
-from helpers.places import PROJECT_ROOT, local_path, project_path
+from helpers.places import PROJECT_ROOT, local_path
 from helpers.runtime import in_batches
 
 CACHE = PROJECT_ROOT / "data" / "cache" / "activations"

@@ -17,7 +17,7 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from transformers import AutoTokenizer
 
-from helpers.places import HUB_SETS, PROJECT_ROOT, local_folder
+from helpers.places import HUB_SETS, PROJECT_ROOT, SENTENCE_SETS, local_folder
 
 CACHE = PROJECT_ROOT / "data" / "cache"
 VADER_ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
@@ -31,7 +31,6 @@ VADER_MEMBERS = {
 }
 SHORT = 15  # word pieces, the paper's bound for its "short" panel
 NEUTRAL = 0.5  # ratings within ± NEUTRAL carry no label
-SENTENCE_SETS = (*VADER_MEMBERS, "movies_short", *HUB_SETS, "sst2_short")
 
 
 def load_sentences(name: str, split: str = "test", n_samples: int | None = None, seed: int = 0) -> Dataset:

@@ -8,6 +8,7 @@ HUB_SETS = {  # name: hub id
     "imdb": "stanfordnlp/imdb",
     "ag_news": "fancyzhx/ag_news",
 }
+SENTENCE_SETS = ("movies", "amazon", "nyt", "tweets", "movies_short", *HUB_SETS, "sst2_short")
 
 
 def project_path(path: str | Path) -> Path:

@@ -32,7 +32,7 @@ from helpers.data import load_sentences
 from helpers.models import load_image_classifier
 from helpers.pipeline import app
 from helpers.places import PROJECT_ROOT
-from helpers.plans import notebook_parameters, plan_run
+from workflow.parameters import notebook_parameters, plan_run
 from helpers.runs import run_notebook
 
 IMAGENET = [  # class names as the hub's set has them

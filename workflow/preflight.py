@@ -1,14 +1,17 @@
-"""Is what a plan names at hand? Its models, sets and folders of images are looked up before anything starts."""
+"""Is what a plan names at hand? Models, sets and folders of images are looked up before anything starts."""
 
 import json
+import os
 import re
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import get_session
 
-from helpers.places import local_folder
+from helpers.places import HUB_SETS, SENTENCE_SETS, local_folder
 
 NAMED = {  # what parameters of notebooks name
     "model_ids|text_model_id": "text model",
@@ -16,112 +19,120 @@ NAMED = {  # what parameters of notebooks name
     "sets|text_set": "set",
     "(images|concepts|targets)_dir": "folder",
 }
-LOADERS = {
-    "text model": ("AutoModelForSequenceClassification", "AutoTokenizer"),
-    "image model": ("AutoModelForImageClassification", "AutoImageProcessor"),
+READERS = {  # what comes with the weights of a model: its two loaders, files of the second, and their names
+    "text model": (
+        *("AutoModelForSequenceClassification", "AutoTokenizer"),
+        *(r"tokenizer\.json|vocab\.(txt|json)|.+\.model", "tokenizer files (tokenizer.json or vocab.txt)"),
+    ),
+    "image model": (
+        *("AutoModelForImageClassification", "AutoImageProcessor"),
+        *(r"(pre)?processor_config\.json", "preprocessor_config.json"),
+    ),
 }
 INDEX = "model.safetensors.index.json"
-READERS = {  # one of these files beside the weights, and what it is
-    "text model": (
-        r"tokenizer\.json|vocab\.(txt|json)|.*\.model",
-        "tokenizer files (tokenizer.json or vocab.txt)",
-    ),
-    "image model": (r"(pre)?processor_config\.json", "preprocessor_config.json"),
-}
+WEIGHTS = {"model.safetensors", INDEX, "adapter_model.safetensors"}
+RECIPE = """; pickled weights are not read. Where you trust them, convert them and give FOLDER instead:
+    python -c "from transformers import {} as M, {} as R; \
+[part.from_pretrained({!r}).save_pretrained('FOLDER') for part in (M, R)]\""""
+UNREACHABLE = """
+The hub cannot be reached ({}). Where there is a network: `hf download NAME --local-dir FOLDER`, \
+for a set with `--repo-type dataset`. Then give the folders in place of the names, in a profile or as in \
+-p model_ids '[FOLDER, ...]'; FOLDER_short still stands for the short texts of a set"""
+AWAY = "is neither a local folder nor in the hub's cache"
 SECONDS = 5  # that the hub has for an answer
 
 
 def check_at_hand(plan: dict[str, dict]) -> None:
     """Check that what a plan {notebook: parameters} names is here, in the cache, or to be had from the hub.
 
+    Where all of it is here and the hub does not answer, HF_HUB_OFFLINE is set for what this process starts:
+    loading from the cache would otherwise wait minutes for the hub.
     Raises FileNotFoundError that lists all names that cannot be used, where each is asked for, why, and what
     to do; ConnectionError where all that is wrong is that the hub does not answer.
     """
-    asked, findings, closed = {}, [], "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+    asked = {}  # {(kind, name): where it is asked for, each once}
     for notebook, parameters in plan.items():
         for parameter, value in parameters.items():
             for what in _named(parameter, value):
                 asked.setdefault(what, {})[f"{parameter} of {notebook}"] = None
-    out_of_reach = set()
-    for kind, name in sorted(asked):
-        try:
-            found = _look_up(kind, name, closed)
-        except ConnectionError as error:
-            found, closed = "is neither a local folder nor in the hub's cache", str(error)
-            out_of_reach.add(name)
-        if found:
-            findings.append(f"{kind} {name} ({', '.join(asked[kind, name])}): {found}")
-    if not findings:
-        return
-    advice = [f"\n  {finding}" for finding in findings]
-    if out_of_reach:
-        advice.append(
-            f"\nThe model hub cannot be reached ({closed}). Where there is a network: `hf download NAME --local-dir "
-            "FOLDER`, for a set with `--repo-type dataset`. Then give the folders in place of the names, in a profile "
-            "or as in -p model_ids '[FOLDER, ...]'; FOLDER_short still stands for the short texts of a set"
-        )
-    if any(kind == "folder" for kind, _ in asked) and any(line.startswith("folder ") for line in findings):
-        advice.append("\nThe images of the paper profile are gathered by `python data/paper_images.py`")
-    kind_of_error = ConnectionError if len(out_of_reach) == len(findings) else FileNotFoundError
-    raise kind_of_error(f"{len(findings)} of {len(asked)} names cannot be used:" + "".join(advice))
+    of_hub = {what for what in asked if _is_of_hub(*what)}
+    missing = {what for what in of_hub if not _is_cached(*what)}
+    closed = _out_of_reach() if of_hub else ""
+    if closed and not missing:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    wrong = {what: _wrong_here(*what) for what in asked.keys() - of_hub}
+    wrong |= {what: AWAY if closed else _wrong_on_hub(*what) for what in missing}
+    wrong = {what: wrong[what] for what in sorted(wrong) if wrong[what]}
+    if wrong:
+        found = [
+            f"\n  {kind} {name} ({', '.join(asked[kind, name])}) {wrong[kind, name]}" for kind, name in wrong
+        ]
+        advice = UNREACHABLE.format(closed) if closed and missing else ""
+        if any(kind == "folder" for kind, _ in wrong):
+            advice += "\nThe images of the paper profile are gathered by `python data/paper_images.py`"
+        error = ConnectionError if set(wrong.values()) == {AWAY} else FileNotFoundError
+        raise error(f"{len(wrong)} of {len(asked)} names cannot be used:{''.join(found)}{advice}")
 
 
-def _named(parameter: str, value):
-    """Yield (kind, name) of what a parameter's value names; sets by their hub id, where they have one."""
+def _named(parameter: str, value) -> Iterator[tuple[str, str]]:
+    """Yield (kind, name) of what a parameter's value names; a set by its hub id, where it has one."""
     kind = next((kind for names, kind in NAMED.items() if re.fullmatch(names, parameter)), None)
     for name in value if isinstance(value, list) else [value]:
-        if not kind or not name or not isinstance(name, str):
-            continue
-        if kind == "set":
-            from helpers.data import HUB_SETS  # seconds, which a run without sets does not wait for
-
-            name = name if local_folder(name) else name.removesuffix("_short")
+        if kind == "set" and name and not local_folder(name):
+            name = name.removesuffix("_short")
             name = name if local_folder(name) else HUB_SETS.get(name, name)
-        yield kind, name
+        if kind and name:
+            yield kind, name
 
 
-def _look_up(kind: str, name: str, closed: str) -> str:
-    """Return what is wrong with a name, or nothing. Raises ConnectionError where only the hub could tell.
+def _is_of_hub(kind: str, name: str) -> bool:
+    """Return whether a name is a hub id, by its looks, and no folder of that name is here."""
+    is_path = name.startswith((".", "/", "~", "data/")) or name.count("/") > 1
+    is_bare_set = kind == "set" and "/" not in name
+    return kind != "folder" and not (is_path or is_bare_set or local_folder(name))
 
-    closed  why the hub is not asked; empty where it may be
-    """
-    folder = local_folder(name)
-    if kind == "folder" or name.startswith((".", "/", "~", "data/")) or name.count("/") > 1:
-        missing = "" if folder else "there is no such folder"
-        return missing or (_lacking(kind, name, _files(folder)) if kind in LOADERS else "")
-    if folder:
-        return _lacking(kind, name, _files(folder)) if kind in LOADERS else ""
-    if kind == "set" and "/" not in name:
-        return _unknown_set(name)
+
+def _wrong_here(kind: str, name: str) -> str:
+    """Return what is wrong with a name that no hub is asked for, or nothing."""
+    if folder := local_folder(name):
+        return _lacking(kind, name, _files(folder))
+    if kind != "set" or "/" in name:
+        return "does not exist"
+    near = get_close_matches(name, SENTENCE_SETS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    known = f"{hint}use one of {', '.join(SENTENCE_SETS)}, a hub id or a folder"
+    return "" if name in SENTENCE_SETS else f"is unknown; {known}"
+
+
+def _out_of_reach() -> str:
+    """Return why the hub cannot be reached, or nothing where it can."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
     try:
-        if _is_cached(kind, name):
-            return ""
-        if closed:
-            raise ConnectionError(closed)
-        return _ask_hub(kind, name)
-    except HFValidationError:
-        return "there is no such folder, and no hub has such a name"
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+    except Exception as error:  # whatever a network or a proxy says
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
 
 
-def _ask_hub(kind: str, name: str) -> str:
+def _wrong_on_hub(kind: str, name: str) -> str:
+    """Return what is wrong with a name by what the hub says of it, or nothing."""
     api, repo_type = HfApi(), "dataset" if kind == "set" else "model"
-    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'set' else ''}{name}"
     try:
         about = api.repo_info(name, repo_type=repo_type, timeout=SECONDS)
         if about.gated:
             api.auth_check(name, repo_type=repo_type)
+        return _lacking(kind, name, {file.rfilename for file in about.siblings or ()})
     except GatedRepoError:
+        page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'set' else ''}{name}"
         return f"is gated; accept its terms at {page}, then log in with `hf auth login`"
     except RepositoryNotFoundError:
-        return "does not exist on the hub, or is private and asks for `hf auth login`; check the spelling"
-    except HfHubHTTPError as error:
-        said = error.server_message or error.response.reason_phrase
-        return f"the hub answers {error.response.status_code} ({said}); try later, or after `hf auth login`"
+        return "does not exist on the hub, or is private; check the spelling, or log in with `hf auth login`"
     except HFValidationError:
-        raise
-    except Exception as error:  # whatever a network or a proxy says
-        raise ConnectionError(" ".join(str(error).split()) or type(error).__name__) from error
-    return _lacking(kind, name, {file.rfilename for file in about.siblings or []}) if kind in LOADERS else ""
+        return "is neither a folder nor what a hub takes for a name"
+    except Exception as error:  # an answer that says no more, or none after all
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        return f"cannot be had now ({said[0]}); try again, perhaps after `hf auth login`"
 
 
 def _files(folder: Path) -> set[str]:
@@ -129,54 +140,42 @@ def _files(folder: Path) -> set[str]:
     files = {path.name for path in folder.iterdir() if path.is_file()}
     if INDEX in files:
         try:
-            parts = set(json.loads((folder / INDEX).read_text(encoding="utf8"))["weight_map"].values())
+            parts = json.loads((folder / INDEX).read_text(encoding="utf8"))["weight_map"].values()
         except (ValueError, KeyError):
-            parts = {INDEX + " that can be read"}
-        files -= {INDEX} if parts - files else set()
+            parts = ["a list that can be read"]
+        files -= {INDEX} if set(parts) - files else set()
     return files
 
 
 def _lacking(kind: str, name: str, files: set[str]) -> str:
-    """Return what a model's files lack, with the recipe that converts its pickled weights where it has some."""
-    model, reader = LOADERS[kind]
-    adapter = "adapter_config.json" in files  # which brings the tokenizer of its base
-    pattern, what = READERS[kind]
-    lacks = [] if "config.json" in files or adapter else ["config.json"]
-    if not adapter and not any(re.fullmatch(pattern, file) for file in files):
-        lacks.append(what)
-    if not files & {"model.safetensors", INDEX, "adapter_model.safetensors"}:
-        lacks.append("model.safetensors")
-    if not lacks:
+    """Return what the files of a model lack, with the recipe for pickled weights, or nothing."""
+    if kind not in READERS:
         return ""
-    recipe = ""
-    if lacks == ["model.safetensors"] and any(re.fullmatch(r"pytorch_model.*\.bin", file) for file in files):
-        recipe = (
-            "; pickled weights are not read. Where you trust them, convert them once and give FOLDER in place of the "
-            f'name:\n    python -c "from transformers import {model} as M, {reader} as R; '
-            f"[part.from_pretrained({name!r}).save_pretrained('FOLDER') for part in (M, R)]\""
-        )
-    return f"has no {' and no '.join(lacks)}{recipe}"
+    *loaders, pattern, what = READERS[kind]
+    needed = {"config.json": "config.json" in files, "model.safetensors": files & WEIGHTS}
+    needed[what] = any(re.fullmatch(pattern, file) for file in files) or "adapter_config.json" in files
+    lacks = [file for file, found in needed.items() if not found]
+    pickled = any(re.fullmatch(r"pytorch_model.*\.bin", file) for file in files)
+    recipe = RECIPE.format(*loaders, name) if pickled and "model.safetensors" in lacks else ""
+    return f"has no {' and no '.join(lacks)}{recipe}" if lacks else ""
 
 
 def _is_cached(kind: str, name: str) -> bool:
-    """Return whether all that loading reads is in the cache: the files of a model, a finished build of a set."""
-    if kind in LOADERS:
-        config = try_to_load_from_cache(name, "config.json")
+    """Return whether all that loading reads is cached: a model's files, a finished build of a set."""
+    if kind in READERS:
+        try:
+            config = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:
+            return False
         return isinstance(config, str) and not _lacking(kind, name, _files(Path(config).parent))
-    from datasets import config, naming
+    root = Path(
+        os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME, "datasets"))
+    )  # as datasets has it
+    own = [folder for folder in root.glob("*___*") if _plain(folder.name) == _plain(name)]
+    builds = [info.parent for folder in own for info in folder.glob("*/*/*/dataset_info.json")]
+    return any(build.suffix != ".incomplete" for build in builds)
 
-    owner, _, own_name = name.rpartition("/")
-    folder = Path(config.HF_DATASETS_CACHE, f"{owner}___{naming.camelcase_to_snakecase(own_name)}")
-    return any(
-        not info.parent.name.endswith(".incomplete") for info in folder.glob("*/*/*/dataset_info.json")
-    )
 
-
-def _unknown_set(name: str) -> str:
-    from helpers.data import SENTENCE_SETS
-
-    if name in SENTENCE_SETS:
-        return ""
-    near = get_close_matches(name, SENTENCE_SETS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"is unknown; {hint}use one of {', '.join(SENTENCE_SETS)}, a hub id, or a folder as ./{name}"
+def _plain(name: str) -> str:
+    """Return a set's name as neither capitals nor what divides words can change it, as its cache does."""
+    return re.sub("[/_]", "", name).lower()
