@@ -45,7 +45,7 @@ def load_profile(profile: str) -> dict[str, dict]:
     if not path.is_file():
         names = [file.stem for file in PROFILES.glob("*.yaml")]
         raise FileNotFoundError(
-            f"profile {profile!r} does not exist; {_nearest(profile, names)}or give the path of a YAML file"
+            f"profile {profile!r} does not exist; {_nearest(profile, names)}; or give the path of a YAML file"
         )
     content = _read_yaml(path)
     if not isinstance(content, dict) or not all(isinstance(part or {}, dict) for part in content.values()):
@@ -199,9 +199,13 @@ def _check_together(notebook: str, values: dict) -> None:
     names = ("n_selection", "n_samples", "sets", "model_ids")
     chosen, samples, sets, models = (values.get(name, notebook_default(notebook, name)) for name in names)
     if chosen and chosen >= samples:
-        raise ValueError(f"parameter 'n_selection' must be below n_samples = {samples}, not {chosen}")
+        raise ValueError(
+            f"parameter 'n_selection' of {notebook} must be below n_samples = {samples}, not {chosen}"
+        )
     if sets and models and len(models) not in (1, len(sets)):
-        raise ValueError(f"parameter 'model_ids' must name one for all {len(sets)} sets, or one for each")
+        raise ValueError(
+            f"parameter 'model_ids' of {notebook} must name one for all {len(sets)} sets, or one for each"
+        )
 
 
 def _located(name: str, value):
