@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from helpers import concept_statistics, faithfulness, images, models
+from helpers import concept_statistics, faithfulness, images, models, places
 from workflow import parameters
 from workflow.parameters import plan_grid, plan_run
 
@@ -312,6 +312,16 @@ def test_checking_needs_no_heavy_library():
 
 
 # Folders of the working directory
+
+
+def test_input_is_found_from_the_working_directory_else_from_the_root(tmp_path, monkeypatch):
+    (tmp_path / "figures").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert places.local_path("figures") == places.local_folder("figures") == tmp_path / "figures"
+    assert places.local_path("notebooks") == parameters.ROOT / "notebooks"
+    assert places.local_path(tmp_path / "nowhere") == tmp_path / "nowhere"
+    assert places.local_folder("nowhere") is None
+    assert places.project_path("figures") == parameters.ROOT / "figures"  # where outputs go, wherever we are
 
 
 def test_relative_folder_of_the_working_directory_becomes_absolute(tmp_path, monkeypatch):

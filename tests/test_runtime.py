@@ -151,7 +151,7 @@ def test_costs_add_up():
 
 def test_project_path_ignores_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert runtime.project_path("data/profiles").is_dir()
+    assert runtime.project_path("workflow/profiles").is_dir()
     assert runtime.project_path(tmp_path / "here") == tmp_path / "here"
     assert runtime.project_path("~/here") == runtime.Path(os.path.expanduser("~/here"))
 
