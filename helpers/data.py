@@ -15,13 +15,8 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from transformers import AutoTokenizer
 
-from helpers.paths import CACHE, local_folder
+from helpers.paths import CACHE, HUB_SETS, SENTENCE_SETS, local_folder
 
-HUB_SETS = {  # name: hub id
-    "sst2": "stanfordnlp/sst2",
-    "imdb": "stanfordnlp/imdb",
-    "ag_news": "fancyzhx/ag_news",
-}
 VADER_ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 VADER_RESOURCES = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -39,7 +34,6 @@ READERS = {
     ".json": lambda path: pd.read_json(path, lines=path.read_text(encoding="utf8").lstrip()[:1] != "["),
     ".jsonl": lambda path: pd.read_json(path, lines=True),
 }
-SENTENCE_SETS = (*VADER_MEMBERS, "movies_short", *HUB_SETS, "sst2_short")
 
 
 def load_sentences(name: str, split: str = "test", n_samples: int | None = None, seed: int = 0) -> Dataset:

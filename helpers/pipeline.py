@@ -10,7 +10,7 @@ from filelock import Timeout
 from tqdm import tqdm
 
 from helpers.manifests import IN_PLACE, forget, is_url, lock, record_plan, run_states, unfinished_runs
-from helpers.places import check_at_hand
+from helpers.paths import check_at_hand
 from helpers.plans import (  # noqa: F401
     NOTEBOOKS,
     PROFILES,

@@ -13,7 +13,6 @@ import sys
 import time
 
 import pytest
-
 from helpers.plans import PROJECT_ROOT, plan_sweep
 
 GRID = PROJECT_ROOT / "data" / "sweeps" / "seeds.yaml"

@@ -32,8 +32,8 @@ from helpers.data import load_sentences
 from helpers.models import load_image_classifier
 from helpers.paths import PROJECT_ROOT
 from helpers.pipeline import app
-from helpers.plans import notebook_parameters, plan_run
 from helpers.runs import run_notebook
+from workflow.parameters import notebook_parameters, plan_run
 
 IMAGENET = [  # class names as the hub's set has them
     "tench, Tinca tinca",

@@ -3,6 +3,7 @@
 import base64
 import io
 
+import helpers.plans
 import matplotlib
 import nbformat
 import numpy as np
@@ -11,7 +12,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 from tiny_project import PARAMETERS, invoke, write_notebook, write_profile
 
-import helpers.plans
 import helpers.runs
 
 pytest_plugins = ["tiny_project"]

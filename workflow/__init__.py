@@ -1,0 +1,1 @@
+"""The collection as a graph of notebooks: parameters, checks, execution."""
