@@ -1,0 +1,1 @@
+"""The collection as a graph that Snakemake runs, behind one command: `attention run`, `sweep`, `status`, `report`."""
