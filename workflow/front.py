@@ -46,9 +46,9 @@ def one_line_errors() -> Iterator[None]:
     """Turn what is wrong with the input, or with the place that a run goes to, into one line and a status."""
     try:
         yield
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
-        raise BadInput(str(error)) from error
-    except OSError as error:
+    except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) or type(error) in (FileNotFoundError, ConnectionError):
+            raise BadInput(str(error)) from error
         raise click.ClickException(f"{error}; free space, or choose another --output; nothing is lost") from error
 
 
@@ -148,8 +148,6 @@ def complete(
 
     Raises ValueError or FileNotFoundError before anything starts, ClickException if in the end not all is finished.
     """
-    from workflow.preflight import check_at_hand
-
     if any("figures_dir" in parameters for about in runs.values() for parameters in about["plan"].values()):
         raise ValueError("figures_dir is where --output puts it; leave it out and give --output")
     url = output if output and storage.is_url(output) else None
@@ -161,7 +159,10 @@ def complete(
     jobs = unfinished_jobs(runs, folder, force)
     if output and not force:
         _refuse_others(jobs, folder)
-    check_at_hand({f"{job['notebook']}{_where(place)}": job["parameters"] for place, job in jobs.items()})
+    if jobs:
+        from workflow.preflight import check_at_hand  # asks a hub, for which it loads its library
+
+        check_at_hand({f"{job['notebook']}{_where(place)}": job["parameters"] for place, job in jobs.items()})
     with _folder_lock(folder):
         jobs = unfinished_jobs(runs, folder, force)
         record_runs(runs, folder)

@@ -51,7 +51,8 @@ def push(url: str, folder: Path, runs: dict[str, dict]) -> None:
         for name in about["plan"]:
             files = [*(read_provenance(name, place) or {"files": {}})["files"], f"figures/{name}/provenance.json"]
             sizes = {path: file["size"] for path, file in fs.find(far, detail=True).items()}
-            for path in [*files[:-1], f"logs/{name}.log", f"logs/{name}.ipynb", files[-1]]:
+            logs = [f"logs/{name}.log", f"logs/{name}.ipynb"] if (place / "logs" / f"{name}.log").exists() else []
+            for path in [*files[:-1], *logs, files[-1]]:
                 _put(fs, place / path, f"{far}/{path}", sizes)
             for path in fs.find(f"{far}/figures/{name}"):
                 if path.removeprefix(f"{far}/") not in files:
