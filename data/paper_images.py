@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from helpers.concept_world import draw_concept_images
-from helpers.pipeline import one_line_errors
+from workflow.front import one_line_errors
 from helpers.places import local_folder, project_path
 
 TEXTURES = {name: name for name in ("striped", "dotted", "zigzagged")}  # folder: the label in the set

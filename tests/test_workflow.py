@@ -73,7 +73,9 @@ def edit(path, change):
 def project(tmp_path, monkeypatch):
     """A project of three notebooks, of which the third reads what the first writes; its modules and root."""
     root = tmp_path / "project"
-    shutil.copytree(WORKFLOW, root / "workflow", ignore=shutil.ignore_patterns("__pycache__", "profiles", "grids"))
+    shutil.copytree(
+        WORKFLOW, root / "workflow", ignore=shutil.ignore_patterns("__pycache__", "profiles", "grids")
+    )
     for folder in ("helpers", "notebooks", "workflow/profiles"):
         (root / folder).mkdir()
     (root / "helpers" / "__init__.py").touch()
@@ -189,7 +191,9 @@ FINISHED = dict.fromkeys(["01_first", "02_second", "03_third"], "finished")
 
 def test_digest_changes_with_all_that_is_computed_from(project):
     path = project.root / "notebooks" / "01_first.ipynb"
-    digest = lambda **parameters: project.provenance.plan_digests({"01_first": parameters}, project.root)["01_first"]
+    digest = lambda **parameters: project.provenance.plan_digests({"01_first": parameters}, project.root)[
+        "01_first"
+    ]
     found = [digest(), digest(seed=1), digest(seed=2)]
     for change in (
         lambda notebook: notebook.cells[0].update(source="# Other words"),
@@ -220,7 +224,10 @@ def test_digest_does_not_change_with_outputs_time_or_helpers_of_others(project):
 
 
 def test_code_that_is_not_plain_python_depends_on_every_helper(project):
-    edit(project.root / "notebooks" / "01_first.ipynb", lambda notebook: notebook.cells[2].update(source="%time 1"))
+    edit(
+        project.root / "notebooks" / "01_first.ipynb",
+        lambda notebook: notebook.cells[2].update(source="%time 1"),
+    )
     digest = lambda: project.provenance.plan_digests({"01_first": {}}, project.root)
     before = digest()
     (project.root / "helpers" / "plots.py").write_text("colour = 'blue'\n")
@@ -246,23 +253,35 @@ def test_an_edit_repeats_what_depends_on_it_and_nothing_else(project, quick, cha
         for path in project.root.rglob("*"):
             os.utime(path)
     elif change == "profile":
-        (project.root / "workflow" / "profiles" / "small.yaml").write_text("{all: {n_samples: 4}, 02_second: {seed: 5}}")
+        (project.root / "workflow" / "profiles" / "small.yaml").write_text(
+            "{all: {n_samples: 4}, 02_second: {seed: 5}}"
+        )
     elif change in ("games", "plots"):
         with (project.root / "helpers" / f"{change}.py").open("a") as file:
             file.write("# more\n")
     elif change != "nothing":
-        edit(project.root / "notebooks" / f"{change}.ipynb", lambda notebook: notebook.cells[0].update(source="#"))
+        edit(
+            project.root / "notebooks" / f"{change}.ipynb",
+            lambda notebook: notebook.cells[0].update(source="#"),
+        )
     again = [line.replace(" 10 ", " 4 ") for line in again]
     found = states(project, "runs/small")
-    assert [name for name in found if found[name] == "stale"] == [line.split()[0] for line in again] or change == "profile"
+    assert [name for name in found if found[name] == "stale"] == [
+        line.split()[0] for line in again
+    ] or change == "profile"
     assert invoke(project, "run", "--profile", "small").exit_code == 0 and counted(project) == again
     assert states(project, "runs/small") == FINISHED
 
 
 def test_what_reads_from_a_rerun_notebook_is_stale_until_it_ran_too(project, quick):
     invoke(project, "run", "--profile", "small")
-    edit(project.root / "notebooks" / "01_first.ipynb", lambda notebook: notebook.cells[0].update(source="# New"))
-    assert invoke(project, "run", "--profile", "small", "--only", "01_first").exit_code == 0  # as if killed after it
+    edit(
+        project.root / "notebooks" / "01_first.ipynb",
+        lambda notebook: notebook.cells[0].update(source="# New"),
+    )
+    assert (
+        invoke(project, "run", "--profile", "small", "--only", "01_first").exit_code == 0
+    )  # as if killed after it
     assert states(project, "runs/small") == {**FINISHED, "03_third": "stale"}
     invoke(project, "run", "--profile", "small")
     assert counted(project).count("03_third 4 0") == 2 and counted(project).count("02_second 4 0") == 1
@@ -404,7 +423,9 @@ def test_published_notebook_has_its_own_parameters_and_counts_and_no_path(projec
         new_code_cell(
             "x",
             execution_count=3,
-            outputs=[new_output("execute_result", data={"text/plain": "/far/figures/x.png"}, execution_count=3)],
+            outputs=[
+                new_output("execute_result", data={"text/plain": "/far/figures/x.png"}, execution_count=3)
+            ],
         ),
     ]
     clean = project.execute.clean_notebook(new_notebook(cells=cells), Path("/far"))
@@ -431,7 +452,11 @@ def test_cleaning_removes_progress_bars_and_bookkeeping_but_keeps_what_a_reader_
     metadata = {"tags": ["parameters"], "papermill": {"status": "completed"}, "execution": {"iopub": "now"}}
     words = new_markdown_cell("words", metadata={"papermill": {}})
     code = new_code_cell("x", metadata=metadata, outputs=noise + kept)
-    about = {"kernelspec": {"name": "python3", "display_name": "python"}, "papermill": {"input_path": "x"}, "widgets": {}}
+    about = {
+        "kernelspec": {"name": "python3", "display_name": "python"},
+        "papermill": {"input_path": "x"},
+        "widgets": {},
+    }
     clean = project.execute.clean_notebook(new_notebook(cells=[words, code], metadata=about))
     assert clean.cells[1].outputs == kept and clean.cells[1].metadata == {"tags": ["parameters"]}
     assert list(clean.metadata) == ["kernelspec"] and not clean.cells[0].metadata
@@ -443,7 +468,9 @@ def test_packed_pictures_keep_the_colours_that_are_rare_in_them(project):
         255 * matplotlib.colormaps["RdBu_r"](np.linspace(low, high, count))[:, :3]
     ).astype(np.uint8)
     page = np.full((400, 600, 3), 255, np.uint8)
-    page[50:250, 50:250] = np.random.default_rng(0).integers(0, 256, (200, 200, 1), np.uint8)  # greys, which are many
+    page[50:250, 50:250] = np.random.default_rng(0).integers(
+        0, 256, (200, 200, 1), np.uint8
+    )  # greys, which are many
     page[390:393, 100:300] = colours(0, 1, 200)
     page[50:250, 300:500] = colours(0.45, 0.55, 20).repeat(10, 0)  # nearly zero on that scale, on either side
     picture = io.BytesIO()
@@ -453,7 +480,9 @@ def test_packed_pictures_keep_the_colours_that_are_rare_in_them(project):
     clean = project.execute.clean_notebook(new_notebook(cells=[cell]))
     packed = base64.b64decode(clean.cells[0].outputs[0].data["image/png"])
     shown = np.asarray(Image.open(io.BytesIO(packed)).convert("RGB")).astype(int)
-    assert np.abs(shown - page).max() < 25 and (shown[0] == 255).all() and len(packed) < len(picture.getvalue())
+    assert (
+        np.abs(shown - page).max() < 25 and (shown[0] == 255).all() and len(packed) < len(picture.getvalue())
+    )
     signs = [np.sign(np.subtract(*image[100, 300:500, ::2].T.astype(int))) for image in (page, shown)]
     assert (signs[0] * signs[1] >= 0).all() and signs[0].min() < 0 < signs[0].max()
 
@@ -525,7 +554,11 @@ def test_sources_that_changed_since_the_command_began_are_refused(project, quick
 
 @pytest.mark.parametrize(
     ("arguments", "source", "target"),
-    [([], ".", "runs/report"), (["runs/x"], "runs/x", "runs/x/report"), (["--output", "pages"], ".", "pages")],
+    [
+        ([], ".", "runs/report"),
+        (["runs/x"], "runs/x", "runs/x/report"),
+        (["--output", "pages"], ".", "pages"),
+    ],
 )
 def test_report_renders_the_collection_or_a_run(project, monkeypatch, arguments, source, target):
     module = SimpleNamespace(render=lambda source, target: f"{source} to {target}")
@@ -556,7 +589,12 @@ def test_notebooks_run_side_by_side_with_one_thread_each_and_are_not_repeated(pr
     assert "01_first finished in " in said and said.count("\n") == 4
     assert counted(project) == ONCE and states(project) == FINISHED
     done = nbformat.read(project.root / "notebooks" / "03_third.ipynb", 4)
-    assert [cell.execution_count for cell in done.cells[1:]] == [1, 2, 3, 4] and "papermill" not in done.metadata
+    assert [cell.execution_count for cell in done.cells[1:]] == [
+        1,
+        2,
+        3,
+        4,
+    ] and "papermill" not in done.metadata
     assert done.cells[3].outputs[0].text.startswith("first 8.4")
     for path in project.root.rglob("*"):
         os.utime(path)
@@ -569,7 +607,7 @@ def test_failure_holds_back_only_what_reads_from_it_and_the_same_command_resumes
     (project.root / "unlucky").touch()
     code, said = finish(start(project, "run", "--profile", "small"))
     log = project.root / "runs/small/logs/01_first.log"
-    assert code == 1 and f"01_first failed: cell 5: RuntimeError: out of luck; log: {log}\n" in said
+    assert code == 1 and f"01_first failed: cell 5: RuntimeError: out of luck; log: {log}" in said
     assert "03_third was held back, because 01_first did not finish" in said and "Traceback" not in said
     assert "Error: 2 of 3 notebooks did not finish; the same command tries them again" in said
     assert "so far" in log.with_suffix(".ipynb").read_text() and "\x1b" not in log.read_text()
@@ -593,7 +631,11 @@ def test_whoever_is_killed_the_same_command_does_the_rest(project, quick, victim
         wait_for(lambda: (project.root / "held").exists() and (project.root / "held").read_text())
         kernel, executor = map(int, (project.root / "held").read_text().split())
         killed = {"front": running.pid, "executor": executor, "kernel": kernel}[victim]
-        assert states(project, "runs/small") == {"01_first": "finished", "02_second": "finished", "03_third": "running"}
+        assert states(project, "runs/small") == {
+            "01_first": "finished",
+            "02_second": "finished",
+            "03_third": "running",
+        }
         os.kill(killed, signal.SIGKILL)
         wait_for(lambda: not alive(executor) and not alive(kernel), 20)  # no orphan computes on
         code, said = finish(running)
@@ -622,7 +664,9 @@ def test_two_commands_for_one_folder_run_each_notebook_once(project):
     (project.root / "hold").unlink()
     assert finish(first)[0] == 0
     code, said = finish(second)
-    assert code == 0 and "1 of 1 notebooks were finished before" in said and counted(project) == ["01_first 4 0"]
+    assert (
+        code == 0 and "1 of 1 notebooks were finished before" in said and counted(project) == ["01_first 4 0"]
+    )
 
 
 def test_who_executes_a_notebook_already_is_waited_for(project, quick):
@@ -639,7 +683,10 @@ def test_grid_is_one_command_and_a_larger_one_adds(project):
     assert code == 0 and "6 numbers in" in said, said
     table = pd.read_csv(folder / "metrics.csv")
     assert list(table) == ["run", "notebook", "n_samples", "sets", "metric", "value"] and len(table) == 6
-    assert set(table.metric) == {"mean", "rows.a b.0", "rows.a b.1"} and set(table.sets) == {"['a']", "['b', 'c']"}
+    assert set(table.metric) == {"mean", "rows.a b.0", "rows.a b.1"} and set(table.sets) == {
+        "['a']",
+        "['b', 'c']",
+    }
     assert set(states(project, "runs/grid").values()) == {"finished"} and len(counted(project)) == 2
     grid.write_text("notebooks: [02_second]\nparameters: {n_samples: [4], sets: [[a], [b, c], [d]]}")
     code, said = finish(start(project, "sweep", grid))
@@ -684,4 +731,7 @@ def test_declared_readers_and_their_sources_are_notebooks_in_running_order():
     names = notebook_names()
     for name in names:
         assert all(names.index(other) < names.index(name) for other in earlier_notebooks(name))
-    assert "03_concept_training" in earlier_notebooks("04_tcav") and len(earlier_notebooks("05_comparisons")) == 4
+    assert (
+        "03_concept_training" in earlier_notebooks("04_tcav")
+        and len(earlier_notebooks("05_comparisons")) == 4
+    )

@@ -135,7 +135,9 @@ def _execute(name: str, target: Path, parameters: dict, log: Path) -> None:
             where = f"cell {error.exec_count}: " if isinstance(error, PapermillExecutionError) else ""
             kind = getattr(error, "ename", type(error).__name__)
             said = " ".join(str(getattr(error, "evalue", error)).split())
-            file.write(f"\n{error if where else traceback.format_exc()}\n{where}{kind}: {said}".rstrip(": ") + "\n")
+            file.write(
+                f"\n{error if where else traceback.format_exc()}\n{where}{kind}: {said}".rstrip(": ") + "\n"
+            )
             raise
 
 
@@ -172,7 +174,9 @@ def _drop_figures_dir(notebook) -> None:
             cell.source = "\n".join(lines)
             if all(line.startswith("#") or not line for line in lines):
                 del notebook.cells[index]
-                for part in (item for later in notebook.cells[index:] for item in (later, *later.get("outputs", []))):
+                for part in (
+                    item for later in notebook.cells[index:] for item in (later, *later.get("outputs", []))
+                ):
                     if part.get("execution_count"):
                         part.execution_count -= 1
             return

@@ -29,8 +29,12 @@ from workflow.provenance import (
 )
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-OUTPUT = click.option("--output", metavar="FOLDER|URL", help="where notebooks and figures go  [default: below runs/]")
-AT_ONCE = click.option("--cores", type=click.IntRange(1), default=CORES, help="notebooks at a time  [default: all]")
+OUTPUT = click.option(
+    "--output", metavar="FOLDER|URL", help="where notebooks and figures go  [default: below runs/]"
+)
+AT_ONCE = click.option(
+    "--cores", type=click.IntRange(1), default=CORES, help="notebooks at a time  [default: all]"
+)
 FORCE = click.option("--force", is_flag=True, help="repeat what is finished, too")
 MORE = click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="[-- SNAKEMAKE OPTIONS]")
 
@@ -49,7 +53,9 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) or type(error) in (FileNotFoundError, ConnectionError):
             raise BadInput(str(error)) from error
-        raise click.ClickException(f"{error}; free space, or choose another --output; nothing is lost") from error
+        raise click.ClickException(
+            f"{error}; free space, or choose another --output; nothing is lost"
+        ) from error
 
 
 @click.group(help=__doc__)
@@ -58,14 +64,20 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--profile", default="default", show_default=True, help="smoke, default, paper, or a YAML file's path")
-@click.option("-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="may be repeated")
+@click.option(
+    "--profile", default="default", show_default=True, help="smoke, default, paper, or a YAML file's path"
+)
+@click.option(
+    "-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="may be repeated"
+)
 @click.option("--only", multiple=True, metavar="NOTEBOOK", help="a notebook's name, may be repeated")
 @OUTPUT
 @AT_ONCE
 @FORCE
 @MORE
-def run(profile: str, pairs: tuple, only: tuple, output: str | None, cores: int, force: bool, more: tuple) -> None:
+def run(
+    profile: str, pairs: tuple, only: tuple, output: str | None, cores: int, force: bool, more: tuple
+) -> None:
     """Run the notebooks of a profile.
 
     The default profile with nothing overridden runs in runs/default; when all of it is finished, it replaces
@@ -153,7 +165,9 @@ def complete(
     url = output if output and storage.is_url(output) else None
     folder = storage.mirror_folder(url) if url else (ROOT / Path(output or own).expanduser()).resolve()
     if folder == ROOT:
-        raise ValueError("the committed results are replaced by `run` without --output; choose another --output")
+        raise ValueError(
+            "the committed results are replaced by `run` without --output; choose another --output"
+        )
     if url:
         storage.pull(url, folder, runs)
     jobs = unfinished_jobs(runs, folder, force)
@@ -199,13 +213,33 @@ def unfinished_jobs(runs: dict, folder: Path, force: bool) -> dict[str, dict]:
 
 def run_jobs(jobs: dict[str, dict], folder: Path, cores: int, more: tuple) -> list[str]:
     """Run jobs in `folder` through Snakemake, tell what becomes of them, and return those that did not finish."""
-    from snakemake.cli import main as snakemake  # seconds, which a command that finds all finished does not wait for
+    from snakemake.cli import (
+        main as snakemake,
+    )  # seconds, which a command that finds all finished does not wait for
 
-    path, threads = folder / ".staging" / "jobs.json", int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0])
+    path, threads = (
+        folder / ".staging" / "jobs.json",
+        int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]),
+    )
     content = {"jobs": jobs, "folder": str(folder), "threads": threads}
     path.write_text(json.dumps(content, default=str), encoding="utf8")
-    options = ["--snakefile", Path(__file__).with_name("Snakefile"), "--directory", folder, "--configfile", path]
-    options += ["--cores", cores, "--forceall", "--keep-going", "--rerun-incomplete", "--drop-metadata", "--nolock"]
+    options = [
+        "--snakefile",
+        Path(__file__).with_name("Snakefile"),
+        "--directory",
+        folder,
+        "--configfile",
+        path,
+    ]
+    options += [
+        "--cores",
+        cores,
+        "--forceall",
+        "--keep-going",
+        "--rerun-incomplete",
+        "--drop-metadata",
+        "--nolock",
+    ]
     options += more or ["--quiet", "all"]
     follower, said = _Follower(jobs, folder), io.StringIO()
     dry = {"-n", "--dry-run", "--dryrun"} & set(more)
@@ -306,7 +340,9 @@ def recorded_runs(folder: Path) -> dict[str, dict]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'plan.json'} cannot be read; remove it and give the command again") from error
+        raise ValueError(
+            f"{folder / 'plan.json'} cannot be read; remove it and give the command again"
+        ) from error
 
 
 def record_runs(runs: dict[str, dict], folder: Path) -> None:
@@ -383,8 +419,15 @@ def _refuse_others(jobs: dict[str, dict], folder: Path) -> None:
         found = read_provenance(name, run)
         if found and is_finished(name, found["digest"], run):
             old, new = found["parameters"], json.loads(json.dumps(job["parameters"], default=str))
-            both = {key: [part.get(key, notebook_default(name, key)) for part in (old, new)] for key in {**old, **new}}
-            other = [f"{key} {there!r} there, {asked!r} asked" for key, (there, asked) in both.items() if there != asked]
+            both = {
+                key: [part.get(key, notebook_default(name, key)) for part in (old, new)]
+                for key in {**old, **new}
+            }
+            other = [
+                f"{key} {there!r} there, {asked!r} asked"
+                for key, (there, asked) in both.items()
+                if there != asked
+            ]
             if other:
                 said = f"{run} holds {name} finished with other parameters ({'; '.join(other)})"
                 raise ValueError(f"{said}; choose another --output, or add --force to replace it")

@@ -37,7 +37,9 @@ def pull(url: str, folder: Path, runs: dict[str, dict]) -> None:
             if here and is_finished(name, digests.get(name, here["digest"]), place):
                 continue
             record = f"figures/{name}/provenance.json"
-            with suppress(FileNotFoundError):  # as it is where something is lost: then the notebook runs again
+            with suppress(
+                FileNotFoundError
+            ):  # as it is where something is lost: then the notebook runs again
                 _get(fs, f"{far}/{record}", place / record)
                 for path in (read_provenance(name, place) or {"files": {}})["files"]:
                     _get(fs, f"{far}/{path}", place / path)
@@ -49,9 +51,16 @@ def push(url: str, folder: Path, runs: dict[str, dict]) -> None:
     for run, about in runs.items():
         place, far = folder / run, root if run == "." else f"{root}/{run}"
         for name in about["plan"]:
-            files = [*(read_provenance(name, place) or {"files": {}})["files"], f"figures/{name}/provenance.json"]
+            files = [
+                *(read_provenance(name, place) or {"files": {}})["files"],
+                f"figures/{name}/provenance.json",
+            ]
             sizes = {path: file["size"] for path, file in fs.find(far, detail=True).items()}
-            logs = [f"logs/{name}.log", f"logs/{name}.ipynb"] if (place / "logs" / f"{name}.log").exists() else []
+            logs = (
+                [f"logs/{name}.log", f"logs/{name}.ipynb"]
+                if (place / "logs" / f"{name}.log").exists()
+                else []
+            )
             for path in [*files[:-1], *logs, files[-1]]:
                 _put(fs, place / path, f"{far}/{path}", sizes)
             for path in fs.find(f"{far}/figures/{name}"):
