@@ -2,8 +2,8 @@
 
     python -m pytest tests/benchmark_grid.py
 
-Eight runs of 01_nlp_shapley on the smoke profile, one at a time, then two. It means something only on two cores
-that are otherwise idle.
+Eight runs of 01_nlp_shapley on the smoke profile, one at a time, then two. It means something only on two
+cores that are otherwise idle.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""The collection as a graph that Snakemake runs, behind one command: `attention run`, `sweep`, `status`, `report`."""
+"""The collection as a graph that Snakemake runs, behind one command: `attention`."""
 
 import sys
 

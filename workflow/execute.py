@@ -1,6 +1,6 @@
-"""Execute one notebook of a run, as a job of the Snakefile does: python -m workflow.execute FOLDER PLACE PARENT.
+"""Execute one notebook of a run, as the Snakefile does: python -m workflow.execute FOLDER PLACE PARENT.
 
-It writes into a fresh place below FOLDER/.staging, which replaces what was there before only when it is whole.
+It writes into a fresh place below .staging, which replaces what was there before only when it is whole.
 """
 
 import base64
@@ -28,9 +28,11 @@ from PIL import Image
 from workflow.parameters import NOTEBOOKS, ROOT, notebook_default
 from workflow.provenance import (
     earlier_notebooks,
+    failure_path,
     file_digest,
     is_finished,
     notebook_lock,
+    place_title,
     plan_digests,
     read_provenance,
 )
@@ -47,8 +49,8 @@ def complete_notebook(
     digest   that it is to have, as `plan_digests` returned it when the command began
     force    execute it even if it is finished
 
-    Whoever else is at this notebook in `run` is waited for. Raises what the notebook raised, which logs/NAME.log
-    says in its last line, and RuntimeError where sources are not what the command began with.
+    Whoever else is at this notebook in `run` is waited for. Raises what the notebook raised, which
+    logs/NAME.log says in its last line, and RuntimeError where sources are not what the command began with.
     """
     with notebook_lock(name, run):
         now = plan_digests({name: parameters}, run)[name]
@@ -66,8 +68,9 @@ def complete_notebook(
 
 
 def clean_notebook(notebook, stage: Path | None = None):
-    """Return an executed notebook without progress bars, without the bookkeeping of papermill and widgets, and
-    with its pictures packed; without the path of the folder `stage` that it was executed in.
+    """Return an executed notebook without progress bars and bookkeeping, its pictures packed.
+
+    stage    folder that it was executed in, whose path goes from its outputs
     """
     for key in ("papermill", "widgets"):
         notebook.metadata.pop(key, None)
@@ -88,7 +91,7 @@ def _attempt(name: str, parameters: dict, run: Path, digest: str, stage: Path) -
     executed, figures, log = stage / f"{name}.ipynb", stage / "figures" / name, run / "logs" / f"{name}.log"
     for folder in (figures, log.parent, run / "figures", run / "notebooks"):
         folder.mkdir(parents=True, exist_ok=True)
-    log.with_suffix(".ipynb").unlink(missing_ok=True)
+    failure_path(name, run).unlink(missing_ok=True)
     for other in earlier_notebooks(name):
         if read_provenance(other, run):
             (figures.parent / other).symlink_to((run / "figures" / other).resolve())
@@ -97,7 +100,7 @@ def _attempt(name: str, parameters: dict, run: Path, digest: str, stage: Path) -
         _execute(name, executed, {**parameters, "figures_dir": str(figures.parent)}, log)
     except Exception:
         source = executed if executed.exists() else NOTEBOOKS / executed.name
-        shutil.copyfile(source, log.with_suffix(".ipynb"))
+        shutil.copyfile(source, failure_path(name, run))
         raise
     nbformat.write(clean_notebook(nbformat.read(executed, as_version=4), stage), executed)
     made = {f"notebooks/{name}.ipynb": executed}
@@ -167,7 +170,7 @@ def _now() -> str:
 
 
 def _drop_figures_dir(notebook) -> None:
-    """Take the folder out of the cell that papermill injected, and the cell itself where nothing else is in it."""
+    """Take the folder out of the cell that papermill injected; the cell goes where nothing else is in it."""
     for index, cell in enumerate(notebook.cells):
         if "injected-parameters" in cell.metadata.get("tags", []):
             lines = [line for line in cell.source.splitlines() if not line.startswith("figures_dir = ")]
@@ -183,9 +186,7 @@ def _drop_figures_dir(notebook) -> None:
 
 
 def _with_palette(picture: str) -> str:
-    """Return a base64 PNG in 256 colours, that cover all and fit most: a third of the size, and rare hues
-    stay true.
-    """
+    """Return a base64 PNG in 256 colours that cover all: a third of the size, and rare hues stay true."""
     packed = io.BytesIO()
     picture = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
     picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1).save(packed, "PNG", optimize=True)
@@ -212,14 +213,18 @@ def _die_with(parent: int) -> None:
 
 def _main(folder: str, place: str, parent: str) -> None:
     _die_with(int(parent))
-    path = Path(folder, place)
+    run, name, title = Path(folder, place).parents[1], Path(place).name, place_title(place)
     job = json.loads(Path(folder, ".staging", "jobs.json").read_text(encoding="utf8"))["jobs"][place]
-    complete_notebook(path.name, job["parameters"], path.parents[1], job["digest"], job["force"])
+    print(f"{title} started", flush=True)
+    try:
+        done = complete_notebook(name, job["parameters"], run, job["digest"], job["force"])
+        print(f"{title} finished in {done['seconds']:.1f} s", flush=True)
+    except Exception as error:
+        told, log = failure_path(name, run).exists(), run / "logs" / f"{name}.log"
+        said = log.read_text(encoding="utf8").splitlines()[-1] if told else f"{type(error).__name__}: {error}"
+        print(f"{title} failed: {said}" + (f"; log: {log}" if told else ""), flush=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    try:
-        _main(*sys.argv[1:])
-    except Exception as error:
-        told = Path(sys.argv[1], sys.argv[2]).parents[1] / "logs" / f"{Path(sys.argv[2]).name}.ipynb"
-        sys.exit(1 if told.exists() else f"{sys.argv[2]}: {type(error).__name__}: {error}")
+    _main(*sys.argv[1:])

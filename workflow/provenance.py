@@ -1,7 +1,7 @@
 """What results were made from, and whether they still are what was made.
 
-The folder of a run holds notebooks/NAME.ipynb as executed; figures/NAME/ with all that the notebook wrote and,
-written last, provenance.json; logs/NAME.log and, where a notebook failed, logs/NAME.ipynb as far as it came.
+The folder of a run holds notebooks/NAME.ipynb as executed; figures/NAME/ with what the notebook wrote and,
+written last, provenance.json; logs/NAME.log and, where it failed, logs/NAME.ipynb as far as it came.
 The project itself is such a folder, of the committed results.
 """
 
@@ -84,15 +84,26 @@ def notebook_state(name: str, digest: str, run: Path) -> str:
         return "running"
     if is_finished(name, digest, run):
         return "finished"
-    if (run / "logs" / f"{name}.ipynb").exists():
+    if failure_path(name, run).exists():
         return "failed"
     return "stale" if os.path.lexists(run / "figures" / name / "provenance.json") else "missing"
 
 
 def notebook_lock(name: str, run: Path) -> FileLock:
-    """Return the lock, not yet taken, of whoever executes a notebook in `run`; it is freed when its holder dies."""
+    """Return the lock of whoever executes a notebook in `run`, not yet taken; it dies with its holder."""
     (run / ".staging").mkdir(parents=True, exist_ok=True)
     return FileLock(run / ".staging" / f"{name}.lock")
+
+
+def failure_path(name: str, run: Path) -> Path:
+    """Return where a notebook is, as far as it came, if it failed when it was last tried in `run`."""
+    return run / "logs" / f"{name}.ipynb"
+
+
+def place_title(place: str) -> str:
+    """Return what to call the job of a folder of figures: NAME, or NAME in RUN."""
+    run = Path(place).parents[1].as_posix()
+    return Path(place).name + ("" if run == "." else f" in {run}")
 
 
 def _helpers() -> dict[str, str]:
@@ -100,7 +111,7 @@ def _helpers() -> dict[str, str]:
 
 
 def _imported(code: str, helpers: dict[str, str]) -> dict[str, str]:
-    """Return those of the helpers that code imports, also through each other; all where it is not plain Python."""
+    """Return the helpers that code imports, also through each other; all where it is not plain Python."""
     found, new = {"__init__"} & helpers.keys(), _named(code)
     while new is not None and new & helpers.keys() - found:
         found |= new & helpers.keys()

@@ -32,7 +32,7 @@ def pull(url: str, folder: Path, runs: dict[str, dict]) -> None:
     for run, about in runs.items():
         place, far = folder / run, root if run == "." else f"{root}/{run}"
         digests = plan_digests(about["plan"], place)
-        for name in {*digests, *(other for name in digests for other in earlier_notebooks(name))}:
+        for name in {*digests, *(other for reader in digests for other in earlier_notebooks(reader))}:
             here = read_provenance(name, place)
             if here and is_finished(name, digests.get(name, here["digest"]), place):
                 continue
