@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from helpers.concept_world import draw_concept_images
 from helpers.paths import local_folder, project_path
-from helpers.pipeline import one_line_errors
+from workflow.front import one_line_errors
 
 TEXTURES = {name: name for name in ("striped", "dotted", "zigzagged")}  # folder: the label in the set
 CLASSES = {"zebra": "zebra", "dalmatian": "dalmatian", "dog sled": "dogsled", "fire engine": "fire engine"}

