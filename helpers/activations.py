@@ -44,7 +44,7 @@ class Activations:
 
 
 def pooled(sources: Sequence[Activations], layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return one layer of several sets, one below the other: (rows, hidden), and (images,) the rows of each image."""
+    """Return one layer of several sets of images: all rows (rows, hidden), and how many each image has."""
     rows = np.concatenate([source.layers[layer] for source in sources])
     return rows, np.concatenate([np.diff(source.offsets) for source in sources])
 
@@ -85,9 +85,9 @@ def block_outputs(model, differentiable: bool = False):
 def check_outputs(model, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
     expected = model.config.num_hidden_layers
     if len(outputs) != expected or outputs[0].ndim != 3 or len({output.shape for output in outputs}) > 1:
+        shape = f"{expected} outputs of one shape (batch, tokens, width)"
         raise ValueError(
-            f"the blocks of {type(model).__name__} do not give {expected} outputs of one shape (batch, tokens, width); "
-            "use a BERT-like or ViT-like classifier"
+            f"the blocks of {type(model).__name__} do not give {shape}; use a BERT or ViT classifier"
         )
     return outputs
 
@@ -104,9 +104,9 @@ def collect_activations(
 
     inputs  as for `token_activations`, with any number of rows; batches of `batch_size` go through the model
 
-    The cache holds one NumPy file a layer, in a folder that is keyed by the content of the model and of the inputs and
-    by the precision, and moved into place when complete. A damaged one is rebuilt, with a warning. Raises ValueError
-    for layers that the model does not have.
+    The cache holds one NumPy file a layer, in a folder that is keyed by the content of the model and of the
+    inputs and by the precision, and moved into place when complete. A damaged one is rebuilt, with a
+    warning. Raises ValueError for layers that the model does not have.
     """
     n_layers = len(transformer_blocks(model))
     layers = list(range(n_layers) if layers is None else layers)
@@ -115,7 +115,7 @@ def collect_activations(
     key = model_key(model)
     folder = Path(cache_dir, key, _digest(inputs, getattr(model, "_precision", "float32"))[:16])
     rows = _open(folder, layers)
-    if rows is None:
+    if not rows:
         _encode(model, inputs, folder, batch_size, progress)
         rows = _open(folder, layers)
     n_inputs = len(input_range(inputs))
@@ -180,7 +180,8 @@ def _encode(model, inputs, folder: Path, batch_size: int, progress: bool) -> Non
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        whole, files, start = Path(scratch, "whole"), [], 0
+        whole, start = Path(scratch, "whole"), 0
+        files: list[np.ndarray] = []
         whole.mkdir()
         for places, layers in in_batches(
             encode, input_range(inputs), batch_size, desc="encode" if progress else None
@@ -198,7 +199,7 @@ def _encode(model, inputs, folder: Path, batch_size: int, progress: bool) -> Non
             for file, rows in zip(files, layers, strict=True):
                 file[start : start + len(rows)] = rows
             start += len(rows)
-        (whole / CHECKSUMS).write_text(json.dumps([zlib.crc32(file) for file in files]))
+        (whole / CHECKSUMS).write_text(json.dumps([zlib.crc32(file.data) for file in files]))
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         whole.replace(folder)
 
@@ -207,21 +208,21 @@ def _file(folder: Path, layer: int) -> Path:
     return folder / f"layer_{layer:02d}.npy"
 
 
-def _open(folder: Path, layers: Sequence[int]) -> dict[int, np.ndarray] | None:
-    """Return read-only maps of the cache files of some layers, or None where there are none, or a damaged one."""
+def _open(folder: Path, layers: Sequence[int]) -> dict[int, np.ndarray]:
+    """Return read-only maps of some layers' cache files, none where any is missing or damaged."""
     rows, name = {}, CHECKSUMS
     if not folder.exists():
-        return None
+        return {}
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text())
         for layer in layers:
             name = _file(folder, layer).name
             rows[layer] = np.load(folder / name, mmap_mode="r", allow_pickle=False)
-            if zlib.crc32(rows[layer]) != checksums[layer]:
+            if zlib.crc32(rows[layer].data) != checksums[layer]:
                 raise ValueError("another content than was written")
         return rows
     except (OSError, EOFError, ValueError, LookupError):
         warnings.warn(
             f"the cached activations {folder.name}/{name} are damaged and are rebuilt", stacklevel=3
         )
-        return None
+        return {}

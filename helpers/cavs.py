@@ -1,4 +1,4 @@
-"""Concept activation vectors by the many: draws of images, random ones for the null, scores, save and load."""
+"""Concept activation vectors by the many: draws of images, random ones, scores of targets, save and load."""
 
 import json
 import os
@@ -49,21 +49,23 @@ def fit_cavs(
     n_draws: int = 50,
     random: Activations | None = None,
     kinds: Sequence[str] = ("logistic",),
+    concepts: Sequence[str] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Cavs]:
     """Fit {kind: CAVs}, one a layer, concept and draw: the concept's tokens against tokens of other images.
 
     activations  {concept: its activations}
-    random       activations of random images to contrast with; None contrasts with the other concepts ("relative" CAVs)
+    random       activations of random images to contrast with; None contrasts with the other concepts
+                 ("relative" CAVs)
+    concepts     those to fit CAVs for, all by default
 
-    Draw k contrasts with as many images as the concept has, drawn without replacement with seed + k. Warns where only
-    one such draw is possible, and as `fit_directions` does. Raises ValueError for one concept without random images,
-    too few images on either side, or activations of different models.
+    Draw k contrasts with as many images as the concept has, drawn without replacement with seed + k. Warns
+    where only one such draw is possible, and as `fit_directions` does. Raises ValueError for one concept
+    without random images, too few images on either side, or activations of different models.
     """
-    _check_draws(activations, random, n_draws)
-    draws = [_draw_contrasts(activations, concept, random, n_draws, seed) for concept in activations]
-    return _fit(next(iter(activations.values())), dict(zip(activations, draws, strict=True)), kinds, progress)
+    draws = _draw_contrasts(activations, random, concepts, n_draws, seed)
+    return _fit(next(iter(activations.values())), draws, kinds, progress)
 
 
 def fit_random_cavs(
@@ -93,8 +95,8 @@ def cav_accuracies(
     activations: Mapping[str, Activations],
     n_folds: int = 5,
     n_draws: int = 1,
-    random: Activations | None = None,
     kinds: Sequence[str] = ("logistic",),
+    concepts: Sequence[str] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, np.ndarray]:
@@ -102,13 +104,12 @@ def cav_accuracies(
 
     Folds are by image, see `held_out_accuracy`; all draws are folded with `seed`.
     """
-    _check_draws(activations, random, n_draws)
-    draws = [_draw_contrasts(activations, concept, random, n_draws, seed) for concept in activations]
+    draws = _draw_contrasts(activations, None, concepts, n_draws, seed)
     layers = next(iter(activations.values())).layers
     found = [
-        held_out_accuracy(*pooled(sources, layer), *sides, n_folds, kinds, seed)
+        held_out_accuracy(*pooled(sources, layer), positive, negative, n_folds, kinds, seed)
         for layer in tqdm(layers, desc="accuracy", disable=not progress, leave=False)
-        for sources, *sides in draws
+        for sources, positive, negative in draws.values()
     ]
     shape = len(layers), len(draws), n_draws, n_folds
     return {kind: np.reshape([part[kind] for part in found], shape) for kind in kinds}
@@ -117,11 +118,11 @@ def cav_accuracies(
 def _fit(
     source: Activations, draws: Mapping[str, tuple], kinds: Sequence[str], progress: bool
 ) -> dict[str, Cavs]:
-    """Return {kind: CAVs} of {concept: (sources, positive, negative)}, of the model and layers of `source`."""
+    """Return {kind: CAVs} of {concept: (sources, positive, negative)}, with the model of `source`."""
     found = [
-        fit_directions(*pooled(sources, layer), *sides, kinds)
+        fit_directions(*pooled(sources, layer), positive, negative, kinds)
         for layer in tqdm(source.layers, desc="CAVs", disable=not progress, leave=False)
-        for sources, *sides in draws.values()
+        for sources, positive, negative in draws.values()
     ]
     cavs = {}
     for kind in kinds:
@@ -140,16 +141,20 @@ def _pool(
     return [random] if random is not None else [part for name, part in activations.items() if name != concept]
 
 
-def _draw_contrasts(activations, concept: str, random, n_draws: int, seed: int) -> tuple:
-    """Return (sources, positive, negative): the concept's set and its pool, and bool (images, draws) of their images."""
-    sources = [activations[concept], *_pool(activations, concept, random)]
-    n_images, total = len(sources[0]), sum(map(len, sources))
-    positive, negative = np.zeros((2, total, n_draws), dtype=bool)
-    positive[:n_images] = True
-    for draw in range(n_draws):
-        chosen = np.random.default_rng(seed + draw).choice(total - n_images, n_images, replace=False)
-        negative[n_images + chosen, draw] = True
-    return sources, positive, negative
+def _draw_contrasts(activations, random, concepts, n_draws: int, seed: int) -> dict[str, tuple]:
+    """Return {concept: (sources, positive, negative)}: its set and its pool, bool (images, draws) of both."""
+    _check_draws(activations, random, n_draws)
+    drawn = {}
+    for concept in concepts or activations:
+        sources = [activations[concept], *_pool(activations, concept, random)]
+        n_images, total = len(sources[0]), sum(map(len, sources))
+        positive, negative = np.zeros((2, total, n_draws), dtype=bool)
+        positive[:n_images] = True
+        for draw in range(n_draws):
+            chosen = np.random.default_rng(seed + draw).choice(total - n_images, n_images, replace=False)
+            negative[n_images + chosen, draw] = True
+        drawn[concept] = sources, positive, negative
+    return drawn
 
 
 def image_scores(
@@ -165,7 +170,7 @@ def image_scores(
     draws).
     """
     target = find_target(model, target) if isinstance(target, str) else target
-    collected = {name: {"attention": [], "plain": [], "cls": []} for name in cavs}
+    collected: dict[str, dict[str, list]] = {name: {"attention": [], "plain": [], "cls": []} for name in cavs}
 
     def score(places):
         """Return {(name, weighting): (layers, concepts, images, draws)} of some images."""
@@ -191,14 +196,16 @@ def image_scores(
 
 
 def _image_means(gradients, cls_attention, vectors, n_tokens) -> dict[str, np.ndarray]:
-    """Return {weighting: (concepts, images, draws)} from vectors (concepts, draws, hidden): sums over tokens, by n_tokens."""
+    """Return {weighting: means over tokens (concepts, images, draws)}, vectors (concepts, draws, hidden)."""
     cavs = vectors.reshape(-1, vectors.shape[-1])
     sums = {
         "attention": attention_weighted_derivatives(gradients, cls_attention, cavs).sum(1),
         "plain": plain_derivatives(gradients.sum(1), cavs),
         "cls": plain_derivatives(gradients[:, 0], cavs),
     }
-    means = {weighting: part.float().T / n_tokens for weighting, part in sums.items()}  # (concepts · draws, images)
+    means = {
+        weighting: part.float().T / n_tokens for weighting, part in sums.items()
+    }  # (concepts · draws, images)
     return {
         weighting: part.unflatten(0, vectors.shape[:2]).transpose(1, 2).cpu().numpy()
         for weighting, part in means.items()
@@ -220,8 +227,9 @@ def save_cavs(cavs: Cavs, path: str | Path) -> None:
         "hidden": str(cavs.vectors.shape[3]),
     }
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        arrays = {"vectors": cavs.vectors, "thresholds": cavs.thresholds}
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
+        arrays = {"vectors": np.ascontiguousarray(cavs.vectors)}
+        if cavs.thresholds is not None:
+            arrays["thresholds"] = np.ascontiguousarray(cavs.thresholds)
         save_file(arrays, Path(scratch, path.name), metadata)
         os.replace(Path(scratch, path.name), path)
 
@@ -250,10 +258,9 @@ def load_cavs(path: str | Path, model) -> Cavs:
     n_layers, hidden = len(transformer_blocks(model)), model.config.hidden_size
     ours, theirs = f"this model, {model_name(model)!r},", f"{path.name} holds CAVs of {cavs.model_id!r}"
     if (cavs.n_layers, vectors.shape[-1]) != (n_layers, hidden):
-        raise ValueError(
-            f"{theirs} with {cavs.n_layers} layers of width {vectors.shape[-1]}, but {ours} has {n_layers} of width "
-            f"{hidden}; run 03_concept_training with this model"
-        )
+        theirs = f"{theirs} with {cavs.n_layers} layers of width {vectors.shape[-1]}"
+        ours = f"{ours} has {n_layers} of width {hidden}"
+        raise ValueError(f"{theirs}, but {ours}; run 03_concept_training with this model")
     if cavs.model_key != model_key(model):
         raise ValueError(f"{theirs}, but {ours} has other weights; run 03_concept_training with this model")
     return cavs
@@ -266,7 +273,7 @@ def _check_draws(activations: Mapping[str, Activations], random: Activations | N
         )
     if random is None and len(activations) < 2:
         raise ValueError(
-            f"{next(iter(activations))!r} is the only concept, and relative CAVs contrast a concept with others: "
+            f"{next(iter(activations))!r} is the only concept, and relative CAVs contrast it with others: "
             "add a concept, or pass activations of random images"
         )
     sources = [*activations.values(), *([] if random is None else [random])]
@@ -282,12 +289,12 @@ def _check_draws(activations: Mapping[str, Activations], random: Activations | N
             )
         if n_others < n_images:
             raise ValueError(
-                f"concept {concept!r} has {n_images} images but only {n_others} to contrast with; add images, "
-                "or keep fewer of the concept's"
+                f"concept {concept!r} has {n_images} images but only {n_others} to contrast with; "
+                "add images, or keep fewer of the concept's"
             )
         if n_others == n_images and n_draws > 1:
             warnings.warn(
                 f"concept {concept!r} has as many images to contrast with as its own {n_images}, "
                 f"so its {n_draws} draws are all equal",
-                stacklevel=3,
+                stacklevel=4,
             )

@@ -1,8 +1,9 @@
 """Many directions at once: draws from one set of images, which differ only in the images they take.
 
-All draws share their rows, and their logistic regressions lie near that of their mean. Newton's method solves that one; its
-solution and curvature then start an L-BFGS (Nocedal 1980) of all draws together, each step of it two matrix products, in
-single precision first and then in double. Means, patterns and Fisher's matrices are sums over images.
+All draws share their rows, and their logistic regressions lie near that of their mean. Newton's method
+solves that one; its solution and curvature then start an L-BFGS (Nocedal 1980) of all draws together, each
+step of it two matrix products, in single precision first and then in double. Means, patterns and Fisher's
+matrices are sums over images.
 """
 
 import warnings
@@ -15,7 +16,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from helpers.tcav import ALIKE, KINDS, NOT_FINITE
 
-ANGLES = {torch.float32: 1e-2, torch.float64: 1e-3}  # how far from the optimum a vector may be, see `_angle`
+ANGLES = {torch.float32: 1e-2, torch.float64: 1e-4}  # how far from the optimum a vector may be, see `_angle`
 STEPS, MEMORY, TRIES = (
     100,
     8,
@@ -28,14 +29,14 @@ MATRICES = 2**25  # numbers in an array of draws, or images, × hidden × hidden
 def fit_directions(
     rows, lengths, positive, negative, kinds: Sequence[str] = ("logistic",)
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return {kind: (unit vectors (draws, hidden), thresholds (draws,))} of many draws; `fit_direction` fits one.
+    """Return {kind: (unit vectors (draws, hidden), thresholds (draws,))}; `fit_direction` does it for one.
 
     rows                (rows, hidden), of all images, one below the other
     lengths             (images,) the number of rows of each image
     positive, negative  bool (images, draws), the images on either side of a draw
 
-    Raises ValueError for an unknown kind, an empty side, and rows that hold NaN or infinity or are alike on both
-    sides. Warns of logistic regressions that did not converge.
+    Raises ValueError for an unknown kind, an empty side, and rows that hold NaN or infinity or are alike on
+    both sides. Warns of logistic regressions that did not converge.
     """
     if unknown := set(kinds) - set(KINDS):
         raise ValueError(f"kinds {sorted(unknown)} are unknown; use some of {', '.join(KINDS)}")
@@ -54,7 +55,8 @@ def fit_directions(
     between = means[0] - means[1]
     if not between.any(1).all():
         raise ValueError(ALIKE)
-    w = fit_logistic(x, image, *sides) if {"logistic", "pattern"} & set(kinds) else None
+    if {"logistic", "pattern"} & set(kinds):
+        w = fit_logistic(x, image, *sides)
     found = {}
     for kind in kinds:
         if kind == "logistic":
@@ -77,8 +79,8 @@ def held_out_accuracy(
 ) -> dict[str, np.ndarray]:
     """Return {kind: (draws, folds)}: the share of held-out rows that fall on their side; folds are by image.
 
-    Arguments as in `fit_directions`. The rows of an image are never on both sides of a fold; lengths of 1, every
-    row an image of its own, fold by row. Raises ValueError where a side has fewer images than folds.
+    Arguments as in `fit_directions`. The rows of an image are never on both sides of a fold; lengths of 1,
+    every row an image of its own, fold by row. Raises ValueError where a side has fewer images than folds.
     """
     positive, negative = (np.asarray(side, dtype=bool) for side in (positive, negative))
     fewest = min(positive.sum(0).min(), negative.sum(0).min())
@@ -92,9 +94,9 @@ def held_out_accuracy(
         folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
         for fold, (_, test) in enumerate(folds.split(images, positive[images, draw])):
             held[images[test], draw, fold] = True
-    sides = [(side[:, :, None] & ~held).reshape(len(held), -1) for side in (positive, negative)]
+    kept = [(side[:, :, None] & ~held).reshape(len(held), -1) for side in (positive, negative)]
     rows, accuracies = np.asarray(rows), {}
-    for kind, (vectors, thresholds) in fit_directions(rows, lengths, *sides, kinds).items():
+    for kind, (vectors, thresholds) in fit_directions(rows, lengths, kept[0], kept[1], kinds).items():
         accuracies[kind] = np.empty(held.shape[1:])
         for column, (draw, fold) in enumerate(np.ndindex(held.shape[1:])):
             test, truth = (np.repeat(part, lengths) for part in (held[:, draw, fold], positive[:, draw]))
@@ -110,7 +112,7 @@ def fit_logistic(x, image, positive, negative) -> torch.Tensor:
     image               (rows,) the image of each row
     positive, negative  float64 (images, draws), 1 for the images on that side
 
-    Warns where a vector may be more than an angle of 1e-3 from its optimum.
+    Warns where a vector may be more than an angle of 1e-4 from its optimum.
     """
     x, member = torch.nn.functional.pad(x, (0, 1), value=1.0), positive + negative
     means = (side.mean(1, keepdim=True).float()[image] for side in (member, positive))
@@ -119,8 +121,8 @@ def fit_logistic(x, image, positive, negative) -> torch.Tensor:
     for dtype, angle in ANGLES.items():
         rows = x.to(dtype)
         for draws in torch.arange(w.shape[1]).split(max(1, BLOCK // len(x))):
-            sides = (side[:, draws].to(dtype)[image] for side in (member, positive))
-            w[:, draws], left = _lbfgs(rows, *sides, w[:, draws], curvature, angle)
+            chosen, label = (side[:, draws].to(dtype)[image] for side in (member, positive))
+            w[:, draws], left = _lbfgs(rows, chosen, label, w[:, draws], curvature, angle)
             if left != 0 and dtype == torch.float64:
                 warnings.warn(
                     f"logistic CAVs did not converge; one may be {left:.1g} off",
@@ -131,7 +133,9 @@ def fit_logistic(x, image, positive, negative) -> torch.Tensor:
 
 
 def _gradient(x, member, label, w):
-    """Return the gradient (hidden + 1, draws) of ½ ‖w‖² + Σ over members of log(1 + exp z) − label · z, z = x · w."""
+    """Return the gradient (hidden + 1, draws) of ½ ‖w‖² + Σ over members of log(1 + exp z) − label · z, z =
+    x · w.
+    """
     residual = torch.sigmoid_(x @ w.to(x)).mul_(member).sub_(label)
     gradient = (x.T @ residual).double()
     gradient[:-1] += w[:-1]  # the intercept carries no penalty
@@ -139,12 +143,16 @@ def _gradient(x, member, label, w):
 
 
 def _angle(gradient, w):
-    """Return how far w may be from the optimum, by its length: the penalty makes the loss 1-strongly convex."""
+    """Return how far w may be from the optimum, by its length: the penalty makes the loss 1-strongly
+    convex.
+    """
     return gradient.norm(dim=0) / w[:-1].norm(dim=0)
 
 
 def _move(x, member, label, w, gradient, step):
-    """Return (w, gradient) after a step, made shorter by the secant rule where the slope along it turns steeply."""
+    """Return (w, gradient) after a step, made shorter by the secant rule where the slope along it turns
+    steeply.
+    """
     slope, length = (gradient * step).sum(0), torch.ones_like(step[0])
     after = _gradient(x, member, label, w + step)
     for _ in range(TRIES):
@@ -158,7 +166,9 @@ def _move(x, member, label, w, gradient, step):
 
 
 def _newton(x, member, label):
-    """Return the solution (hidden + 1, 1) of one regression, about, and a Cholesky factor of the curvature there."""
+    """Return the solution (hidden + 1, 1) of one regression, about, and a Cholesky factor of the curvature
+    there.
+    """
     w = x.new_zeros(x.shape[1], 1, dtype=torch.float64)
     gradient = _gradient(x, member, label, w)
     for _ in range(STEPS):
@@ -174,7 +184,9 @@ def _newton(x, member, label):
 
 
 def _lbfgs(x, member, label, w, curvature, angle):
-    """Return w (hidden + 1, draws) within `angle` of the optima, and the largest angle of those that are not, or 0."""
+    """Return w (hidden + 1, draws) within `angle` of the optima, and the largest angle of those that are
+    not, or 0.
+    """
     solved, going = w.clone(), torch.arange(w.shape[1])
     gradient, pairs = _gradient(x, member, label, w), []
     for _ in range(STEPS):
@@ -217,7 +229,7 @@ def _covariance_times(x, image, member, w):
 
 
 def _fisher(x, lengths, sides, means):
-    """Return (draws, hidden): the inverse covariance within the sides, times the difference of their means."""
+    """Return (draws, hidden): the inverse covariance within the sides times the difference of the means."""
     found = []
     for draws in torch.arange(len(means[0])).split(max(1, MATRICES // x.shape[1] ** 2)):
         within = _scatter(x, lengths, (sides[0] + sides[1])[:, draws])
@@ -232,7 +244,9 @@ def _fisher(x, lengths, sides, means):
 
 
 def _scatter(x, lengths, weights):
-    """Return (draws, hidden, hidden): the sum over images of weight · rowsᵀ rows, from one Gram matrix an image."""
+    """Return (draws, hidden, hidden): the sum over images of weight · rowsᵀ rows, from one Gram matrix an
+    image.
+    """
     hidden, parts = x.shape[1], x.split(lengths.tolist())
     total, size = x.new_zeros(weights.shape[1], hidden**2), max(1, MATRICES // hidden**2)
     for start in range(0, len(parts), size):

@@ -24,10 +24,10 @@ NOT_FINITE = "the activations hold NaN or infinity; check the model's weights an
 def token_gradients(model, inputs, target=None) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
     """Return {layer: ∂y/∂f_l (batch, tokens, hidden)} and {layer: cls attention of layer l (batch, tokens)}.
 
-    y is the logit of `target`: a class number, a label (see `find_target`), a (batch,) tensor, or None for the
-    predicted class. The cls attention is the mean over heads of the cls row of A[l]. One forward and one backward
-    pass; padding has no gradient and no attention. Raises ValueError for an unknown target, a model without eager
-    attention, or gradients that are not finite.
+    y is the logit of `target`: a class number, a label (see `find_target`), a (batch,) tensor, or None for
+    the predicted class. The cls attention is the mean over heads of the cls row of A[l]. One forward and
+    one backward pass; padding has no gradient and no attention. Raises ValueError for an unknown target, a
+    model without eager attention, or gradients that are not finite.
     """
     check_eager(model)
     target = find_target(model, target) if isinstance(target, str) else target
@@ -49,33 +49,34 @@ def token_gradients(model, inputs, target=None) -> tuple[dict[int, torch.Tensor]
 
 
 def fit_cav(positive, negative, seed: int = 0, kind: str = "logistic") -> torch.Tensor:
-    """Return the CAV (hidden,): the unit vector that points from `negative` to `positive`, each (rows, hidden).
+    """Return the CAV (hidden,): the unit vector from `negative` to `positive` rows, each (rows, hidden).
 
     Tensors or arrays go in, a tensor on the CPU comes out. See `fit_direction` for the kinds and the errors.
     """
-    sides = [side if isinstance(side, torch.Tensor) else np.array(side) for side in (positive, negative)]
-    sides = [
-        torch.as_tensor(side).detach().cpu() for side in sides
-    ]  # copied, for rows of a cache are read-only
+    sides = []
+    for side in (positive, negative):
+        side = side if torch.is_tensor(side) else np.array(side)  # copied, for rows of a cache are read-only
+        sides.append(torch.as_tensor(side).detach().cpu())
     dtype = torch.float64 if torch.float64 in (sides[0].dtype, sides[1].dtype) else torch.float32
-    return torch.from_numpy(fit_direction(*(side.to(dtype).numpy() for side in sides), kind, seed)[0])
+    rows = [side.to(dtype).numpy() for side in sides]
+    return torch.from_numpy(fit_direction(rows[0], rows[1], kind, seed)[0])
 
 
 def fit_direction(
     positive: np.ndarray, negative: np.ndarray, kind: str = "logistic", seed: int = 0
 ) -> tuple[np.ndarray, float]:
-    """Return the unit vector (hidden,) from `negative` to `positive` rows, and the threshold along it between them.
+    """Return the unit vector (hidden,) from `negative` to `positive` rows, and the threshold between them.
 
     positive, negative  (rows, hidden)
-    kind                "logistic": coefficients of a logistic regression, L2 penalty with C = 1, as in the paper
+    kind                "logistic": coefficients of a logistic regression, L2 penalty with C = 1; the paper's
                         "pattern": covariance of all rows times those coefficients (Haufe et al., 2014)
                         "fisher": inverse covariance within the sides times the difference of their means
                         "mean_difference": also what regressing rows on labels gives (Pahde et al., 2024)
     seed                for solvers that shuffle rows; Newton's method, used here, draws nothing
 
-    Rows are centred first: the intercept carries no penalty, so the optimum stays where it was, and single precision
-    suffices. Raises ValueError for an unknown kind, and for rows that do not fit together, hold NaN or infinity, or
-    are alike on both sides.
+    Rows are centred first: the intercept carries no penalty, so the optimum stays where it was, and single
+    precision suffices. Raises ValueError for an unknown kind, and for rows that do not fit together, hold
+    NaN or infinity, or are alike on both sides.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
@@ -145,7 +146,8 @@ def attention_weighted_derivatives(gradients, cls_attention, cavs) -> torch.Tens
     cls_attention  (batch, tokens) a, of the same layer
     cavs           (n_cavs, hidden)
 
-    Where s is zero, so is d. s is divided by its largest entry first, so that norms of tiny gradients do not vanish.
+    Where s is zero, so is d. s is divided by its largest entry first, so that norms of tiny gradients do
+    not vanish.
     """
     s = plain_derivatives(gradients, cavs)
     s = s / _nonzero(s.abs().amax(1, keepdim=True))
@@ -154,9 +156,12 @@ def attention_weighted_derivatives(gradients, cls_attention, cavs) -> torch.Tens
 
 
 def ttcav_scores(derivatives) -> torch.Tensor:
-    """Return (n_cavs,): the share of images whose mean over tokens of derivatives (batch, tokens, n_cavs) is positive.
+    """Return (n_cavs,): the share of images whose mean derivative over tokens is positive.
 
-    Padding adds zeros, which change no sign. A mean of exactly zero is not positive. Raises ValueError without images.
+    derivatives  (batch, tokens, n_cavs)
+
+    Padding adds zeros, which change no sign. A mean of exactly zero is not positive. Raises ValueError
+    without images.
     """
     if not len(derivatives):
         raise ValueError("there is no image to score")

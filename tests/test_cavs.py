@@ -1,4 +1,6 @@
-"""Many CAVs: the draws are as promised, fits are optima, folds hold images together, files know their model."""
+"""Many CAVs: the draws are as promised, fits are optima, folds hold images together, files know their
+model.
+"""
 
 import warnings
 from dataclasses import replace
@@ -150,7 +152,8 @@ def test_held_out_accuracy_of_a_planted_concept(kind):
 def test_folds_keep_the_tokens_of_an_image_together():
     rng = np.random.default_rng(0)
 
-    def images_without_concept():  # every token is its image and a little noise: a fold that splits images scores 1
+    def images_without_concept():
+        """Every token is its image and a little noise: a fold that splits images scores 1."""
         rows = np.repeat(rng.standard_normal((40, 64)), 5, axis=0) + 0.01 * rng.standard_normal((200, 64))
         return Activations({0: rows.astype(np.float32)}, np.arange(41) * 5, "model", "m", 1)
 
@@ -220,7 +223,9 @@ def test_image_scores_are_means_of_the_derivatives_whatever_the_batch(tokenizer,
 
 
 def uneven(shift, n_images=30, n_draws=4, hidden=6, seed=0):
-    """Images of one to nine rows, of which a third has a planted concept: rows, lengths, and both sides of draws."""
+    """Images of one to nine rows, of which a third has a planted concept: rows, lengths, and both sides of
+    draws.
+    """
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 10, n_images)
     has = np.arange(n_images) % 3 == 0
@@ -247,7 +252,7 @@ def test_draws_fitted_together_equal_converged_fits_of_one(shift):
         exact = (
             LogisticRegression(tol=1e-10, max_iter=10_000, solver="newton-cg").fit(rows, is_positive).coef_[0]
         )
-        assert found["logistic"][0][draw] @ exact / np.linalg.norm(exact) > 1 - 1e-6
+        assert found["logistic"][0][draw] @ exact / np.linalg.norm(exact) > 1 - 1e-7
         for kind, (vectors, thresholds) in found.items():
             vector, threshold = fit_direction(*sides_of(*data, draw), kind)
             np.testing.assert_allclose(vectors[draw], vector, atol=1e-3)
@@ -262,7 +267,7 @@ def test_rows_too_coarse_for_single_precision_are_fitted_in_double():
         warnings.simplefilter("error")
         vectors, _ = fit_directions(rows, lengths, *sides)["logistic"]
     for draw, vector in enumerate(vectors):
-        assert vector @ fit_direction(*sides_of(rows, lengths, *sides, draw))[0] > 1 - 1e-6
+        assert vector @ fit_direction(*sides_of(rows, lengths, *sides, draw))[0] > 1 - 1e-7
 
 
 def test_blocks_bound_memory_and_change_nothing(monkeypatch):
