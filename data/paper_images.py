@@ -45,7 +45,9 @@ def numbers_of(source: str, feature, labels) -> dict[int, str]:
     found = {}
     for number, name in enumerate(feature.names):
         synonyms = {part.strip().lower().replace("_", " ") for part in (name, *name.split(","))}
-        found |= {number: label for label in labels if synonyms & {label.lower(), WORDNET.get(label)}}
+        for label in labels:
+            if synonyms & {label.lower(), WORDNET.get(label)}:
+                found[number] = label
     if missing := sorted(set(labels) - set(found.values())):
         raise click.UsageError(
             f"{source} has no class {', '.join(missing)}; it has {', '.join(feature.names[:10])}, ..."

@@ -1,5 +1,4 @@
-"""The explanations that attention games are compared with: from attention, from gradients, from erased
-inputs.
+"""The methods that attention games are compared with: from attention, gradients, erased inputs.
 
 Every function returns attributions (batch, tokens). Those that take `players` are zero off them.
 `mask_token_id` and `operator` say what erasing does, to tokens or to patches, as in
@@ -14,9 +13,10 @@ from tqdm.auto import tqdm
 
 from helpers.attention import GRADIENT_SCALE, AttentionMaps
 from helpers.estimators import enumerate_shapley, sampled_shapley
-from helpers.faithfulness import erased_probabilities
+from helpers.faithfulness import check_mask_token, erased_probabilities
 from helpers.images import replacement_pixels, sum_over_patches
-from helpers.models import fast_attention, resolve_target
+from helpers.labels import resolve_target
+from helpers.models import check_explainable, check_players, fast_attention
 from helpers.runtime import in_batches
 from helpers.text import encode, token_players
 
@@ -26,8 +26,7 @@ GRADIENT_TOKENS = (
 
 
 def attention_row_sum(maps: AttentionMaps) -> torch.Tensor:
-    """Return each token's attention row, summed, mean over layers and heads: 1 for every token, by the
-    softmax.
+    """Return each token's attention row, summed, mean over layers and heads: 1, by the softmax.
 
     The paper's "Att" row. It is constant, so any ranking made from it is an order of ties (in half precision,
     of rounding).
@@ -36,9 +35,7 @@ def attention_row_sum(maps: AttentionMaps) -> torch.Tensor:
 
 
 def attention_received(maps: AttentionMaps) -> torch.Tensor:
-    """Return the attention that each token receives: the mean of its column over real queries, layers and
-    heads.
-    """
+    """Return the attention that each token receives: its column's mean over real queries, layers, heads."""
     real = _real_tokens(maps).to(maps.weights.dtype)
     return torch.einsum("blhqk,bq->bk", maps.weights, real / real.sum(-1, keepdim=True)) / _n_maps(maps)
 
@@ -56,8 +53,7 @@ def grad_sam(maps: AttentionMaps) -> torch.Tensor:
 
 
 def attention_rollout(maps: AttentionMaps, cls: int = 0) -> torch.Tensor:
-    """Return the cls row of attention rollout: the product over layers of ½ (mean over heads of A +
-    identity).
+    """Return the cls row of attention rollout: the product over layers of ½ (mean of A + identity).
 
     Source: Abnar and Zuidema (2020).
     """
@@ -93,8 +89,8 @@ def shapley_input(
     if max(counts) > max_players:
         row = counts.index(max(counts))
         raise ValueError(
-            f"input {row} has {counts[row]} players, 2**{counts[row]} forwards; the limit is max_players={max_players}: "
-            "shorten the input, raise the limit, or estimate with sampled_shapley"
+            f"input {row} has {counts[row]} players, 2**{counts[row]} forwards; the limit is "
+            f"max_players={max_players}: shorten the input, raise it, or use shapley_input_sampled"
         )
 
     def solve(value, n, row):
@@ -116,11 +112,14 @@ def shapley_input_sampled(
 ) -> torch.Tensor:
     """Return unbiased estimates of `shapley_input` for any number of players: permutation sampling of shapiq.
 
-    Costs n_permutations · (n − 1) + 2 forwards for n players; input i draws its orders with seed + i.
+    Costs n_permutations · (n − 1) + 2 forwards for n players; input i draws its orders with 10,000 · seed +
+    i. Raises ValueError for fewer than one permutation.
     """
+    if n_permutations < 1:
+        raise ValueError(f"n_permutations must be at least 1, not {n_permutations}")
 
     def solve(value, n, row):
-        return sampled_shapley(value, n, max(n + 1, n_permutations * (n - 1) + 2), seed + row)
+        return sampled_shapley(value, n, max(n + 1, n_permutations * (n - 1) + 2), 10_000 * seed + row)
 
     return _solve_input_game(model, inputs, players, mask_token_id, target, operator, progress, solve)
 
@@ -128,9 +127,8 @@ def shapley_input_sampled(
 def _solve_input_game(
     model, inputs, players, mask_token_id, target, operator, progress, solve
 ) -> torch.Tensor:
-    """Solve, by solve(value, n, row), the game whose payoff is the explained class's probability on a partial
-    input.
-    """
+    """Solve, by solve(value, n, row), the game of the explained class's probability on partial inputs."""
+    check_players(players)
     target = _explained_class(model, inputs, target)
     attributions = torch.zeros(players.shape, device=players.device)
     for row, playing in enumerate(tqdm(players, desc="Shapley-Input", disable=not progress, leave=False)):
@@ -148,9 +146,8 @@ def _solve_input_game(
 def leave_one_out(
     model, inputs, players: torch.Tensor, mask_token_id: int, target=None, operator: str = "mask"
 ) -> torch.Tensor:
-    """Return how much the explained class's probability falls when each player alone is erased: n + 1
-    forwards.
-    """
+    """Return how much the class's probability falls when each player alone is erased: n + 1 forwards."""
+    check_players(players)
     rows, tokens = players.nonzero(as_tuple=True)
     batch, n_tokens = players.shape
     keep = torch.ones(batch + len(rows), n_tokens, dtype=torch.bool, device=players.device)
@@ -173,20 +170,20 @@ def integrated_gradients(
     n_steps: int = 20,
     batch_size: int = 32,
 ) -> torch.Tensor:
-    """Return integrated gradients of the explained class's probability from an input whose players are all
-    erased.
+    """Return integrated gradients of the class's probability from an input whose players are all erased.
 
     Captum integrates over the embeddings, or the pixels, with `n_steps` points; each token gets the sum over
     its width, each patch the sum over its pixels. The start is [MASK] at every player, or the colour
     `mask_token_id` all over. Source: Sundararajan et al. (2017).
     """
-    from captum.attr import (
-        IntegratedGradients,
-        LayerIntegratedGradients,
-    )  # heavy, and only this function needs it
+    from captum.attr import IntegratedGradients, LayerIntegratedGradients  # heavy, used here alone
 
-    target = _explained_class(model, inputs, target)
+    check_explainable(model, inputs, gradients=True)
+    check_players(players)
     images = "pixel_values" in inputs
+    if not images:
+        check_mask_token(mask_token_id)
+    target = _explained_class(model, inputs, target)
     changing = "pixel_values" if images else "input_ids"
     rest = {name: tensor for name, tensor in inputs.items() if name != changing}
 
@@ -196,29 +193,28 @@ def integrated_gradients(
 
     points = max(
         1, GRADIENT_TOKENS // (players.shape[1] * min(batch_size, len(players)))
-    )  # at once, of each input
-    method = IntegratedGradients(probability) if images else None
-    method = method or LayerIntegratedGradients(probability, model.get_input_embeddings())
+    )  # of each input at once
+    if images:
+        method = IntegratedGradients(probability)
+    else:
+        method = LayerIntegratedGradients(probability, model.get_input_embeddings())
 
     def integrate(places):
         part = slice(places.start, places.stop)
         whole = inputs[changing][part]
-        erased = (
-            replacement_pixels(whole, mask_token_id)
-            if images
-            else whole.masked_fill(players[part], mask_token_id)
+        if images:
+            erased = replacement_pixels(whole, mask_token_id)
+        else:
+            erased = whole.masked_fill(players[part], mask_token_id)
+        fine = method.attribute(
+            whole,
+            erased,
+            target=target[part],
+            n_steps=n_steps,
+            additional_forward_args=tuple(tensor[part] for tensor in rest.values()),
+            internal_batch_size=len(places) * points,
         )
-        fine = (
-            method.attribute(
-                whole,
-                erased,
-                target=target[part],
-                n_steps=n_steps,
-                additional_forward_args=tuple(tensor[part] for tensor in rest.values()),
-                internal_batch_size=len(places) * points,
-            ).detach()
-            / GRADIENT_SCALE
-        )
+        fine = fine.detach() / GRADIENT_SCALE
         return sum_over_patches(model, fine) if images else fine.sum(-1)
 
     with fast_attention(model):
@@ -229,8 +225,7 @@ def integrated_gradients(
 def shap_values(
     model, tokenizer, texts: Sequence[str], target=None, max_evals: int = 500, progress: bool = False
 ) -> torch.Tensor:
-    """Return SHAP's values of the explained class's probability: its partition explainer over [MASK]ed
-    tokens.
+    """Return SHAP's values of the class's probability: its partition explainer over [MASK]ed tokens.
 
     The hierarchy of tokens is shap's own, so these are Owen values. `max_evals` bounds the masked inputs per
     text. The values stand in the columns of `encode(texts, tokenizer, model)`. Source: Lundberg and Lee
@@ -239,6 +234,7 @@ def shap_values(
     import shap  # heavy, and only this function needs it
 
     inputs = encode(texts, tokenizer, model)
+    check_mask_token(tokenizer.mask_token_id)
     target = _explained_class(model, inputs, target)
     masker = shap.maskers.Text(tokenizer, collapse_mask_token=False, output_type="token_ids")
     attributions = torch.zeros(inputs["input_ids"].shape, device=model.device)
@@ -263,11 +259,9 @@ def shap_values(
 def _real_tokens(maps: AttentionMaps) -> torch.Tensor:
     """Return bool (batch, tokens), False at padding."""
     batch, *_, tokens = maps.weights.shape
-    return (
-        torch.ones(batch, tokens, dtype=torch.bool, device=maps.weights.device)
-        if maps.real is None
-        else maps.real
-    )
+    if maps.real is not None:
+        return maps.real
+    return torch.ones(batch, tokens, dtype=torch.bool, device=maps.weights.device)
 
 
 def _n_maps(maps: AttentionMaps) -> int:

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from helpers.activations import Activations, input_range, model_key, model_name, pooled, take_rows
 from helpers.directions import fit_directions, held_out_accuracy
 from helpers.images import MIN_IMAGES
-from helpers.models import find_target, transformer_blocks
+from helpers.labels import find_class
+from helpers.models import transformer_blocks
 from helpers.runtime import in_batches
 from helpers.tcav import attention_weighted_derivatives, plain_derivatives, token_gradients
 
@@ -169,7 +170,7 @@ def image_scores(
     Weightings are attention, plain and cls. TTCAV scores are `(scores > 0).mean(-2)`, (layers, concepts,
     draws).
     """
-    target = find_target(model, target) if isinstance(target, str) else target
+    target = find_class(model, target) if isinstance(target, str) else target
     collected: dict[str, dict[str, list]] = {name: {"attention": [], "plain": [], "cls": []} for name in cavs}
 
     def score(places):

@@ -1,6 +1,7 @@
 """What a notebook leaves behind, and what it reads of the earlier ones: pictures, tables, records, numbers.
 
-Every notebook has a folder of its own name below `figures_dir`; its headline numbers are in results.json there.
+Every notebook has a folder of its own name below `figures_dir`; its headline numbers are in results.json
+there.
 """
 
 import json
@@ -12,19 +13,27 @@ from helpers.paths import PROJECT_ROOT, project_path
 
 
 def results_folder(figures_dir: str | Path, notebook: str) -> Path:
-    """Return where a notebook leaves its results: the folder of its name below `figures_dir`, made if need be."""
+    """Return where a notebook leaves its results: the folder of its name below `figures_dir`, made if need
+    be.
+    """
     folder = project_path(figures_dir) / notebook
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def find_results(figures_dir: str | Path, notebook: str, file: str = "results.json") -> Path:
-    """Return the folder of an earlier notebook's results below `figures_dir`, else of the committed ones; say which.
+    """Return the folder of an earlier notebook's results, and say whose they are.
 
-    Raises FileNotFoundError, with the command that makes them, where neither folder holds `file`.
+    Those below `figures_dir` come first, then those of the default run, then the committed ones. Raises
+    FileNotFoundError, with the command that makes them, where none of these holds `file`.
     """
-    here, committed = project_path(figures_dir) / notebook, PROJECT_ROOT / "figures" / notebook
-    for folder, said in ((here, "this run"), (committed, "the committed figures")):
+    places = {
+        "this run": project_path(figures_dir),
+        "the default run": PROJECT_ROOT / "runs" / "default" / "figures",
+        "the committed figures": PROJECT_ROOT / "figures",
+    }
+    for said, figures in places.items():
+        folder = figures / notebook
         if (folder / file).exists():
             print(f"{notebook}: results of {said}")
             return folder
@@ -73,6 +82,7 @@ def load_results(folder: Path, **expected) -> dict:
     if differing:
         found = ", ".join(f"{key} {results.get(key)!r} and not {value!r}" for key, value in differing.items())
         raise ValueError(
-            f"the results of {folder.name} were made with {found}; run it and this notebook with the same parameters"
+            f"the results of {folder.name} were made with {found}; run it and this notebook with the same "
+            f"parameters"
         )
     return results

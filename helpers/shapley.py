@@ -6,10 +6,21 @@ Source: Eggen, Lysnæs-Larsen and Strümke (2025), arXiv 2508.08966; the closed 
 import torch
 
 from helpers.attention import AttentionMaps
+from helpers.models import check_players
 
 GAMES = ("cls", "mutual", "max_mutual")
 WEIGHTINGS = ("attention", "gradient")
 CLS = 0  # position of the classification token in BERT, RoBERTa, ELECTRA, ViT, DeiT and DINOv2
+
+
+ATTRIBUTIONS = {  # the paper's six, as tables and figures name them: (weighting, game)
+    "Shapley-Att-CLS": ("attention", "cls"),
+    "Shapley-Att-Mutual": ("attention", "mutual"),
+    "Shapley-Att-Max-Mutual": ("attention", "max_mutual"),
+    "Shapley-Grad-Att-CLS": ("gradient", "cls"),
+    "Shapley-Grad-Att-Mutual": ("gradient", "mutual"),
+    "Shapley-Grad-Att-Max-Mutual": ("gradient", "max_mutual"),
+}
 
 
 def pairwise_matrix(maps: AttentionMaps, weighting: str = "attention") -> torch.Tensor:
@@ -24,16 +35,14 @@ def pairwise_matrix(maps: AttentionMaps, weighting: str = "attention") -> torch.
         return maps.weights.mean((1, 2))
     if maps.gradients is None:
         raise ValueError("weighting 'gradient' needs gradients; call read_attention(..., gradients=True)")
-    layers = zip(
-        maps.weights.unbind(1), maps.gradients.unbind(1), strict=True
-    )  # one layer at a time keeps memory flat
-    return sum((weights * gradients.relu()).mean(1) for weights, gradients in layers) / maps.weights.shape[1]
+    matrix = torch.zeros_like(maps.weights[:, 0, 0])
+    for weights, gradients in zip(maps.weights.unbind(1), maps.gradients.unbind(1), strict=True):
+        matrix += (weights * gradients.relu()).mean(1)  # one layer at a time keeps memory flat
+    return matrix / maps.weights.shape[1]
 
 
 def pair_values(matrix: torch.Tensor, game: str) -> torch.Tensor:
-    """Return w (..., n, n), the value that each pair of players adds in a pairwise game; its diagonal is
-    zero.
-    """
+    """Return w (..., n, n), what each pair of players adds in a pairwise game; its diagonal is zero."""
     check_game(game)
     transposed = matrix.transpose(-1, -2)
     values = matrix + transposed if game == "mutual" else torch.maximum(matrix, transposed)
@@ -64,8 +73,7 @@ def coalition_values(matrix: torch.Tensor, coalitions: torch.Tensor, game: str) 
 
 
 def attention_shapley(matrix: torch.Tensor, players: torch.Tensor, game: str = "cls") -> torch.Tensor:
-    """Return the exact Shapley values of an attention game, (batch, tokens), zero off the players, in
-    O(tokens²).
+    """Return exact Shapley values of an attention game (batch, tokens), 0 off the players, in O(tokens²).
 
     matrix   (batch, tokens, tokens), from `pairwise_matrix`
     players  bool (batch, tokens), the tokens that may be in a coalition
@@ -83,11 +91,8 @@ def attention_shapley(matrix: torch.Tensor, players: torch.Tensor, game: str = "
         )
     if not torch.isfinite(matrix).all():
         raise ValueError("the attention matrix holds NaN or infinity")
+    check_players(players)
     n = players.sum(-1, keepdim=True)
-    if (n == 0).any():
-        raise ValueError(
-            f"input {(n == 0).squeeze(-1).nonzero()[0].item()} has no players, so there is nothing to explain"
-        )
     if game == "cls":
         return matrix[:, CLS] * players
     member = players.to(matrix.dtype)
@@ -95,6 +100,20 @@ def attention_shapley(matrix: torch.Tensor, players: torch.Tensor, game: str = "
     others = (alone.sum(-1, keepdim=True) - alone) / (n * (n - 1)).clamp(min=1)
     pairs = (pair_values(matrix, game) @ member[..., None]).squeeze(-1) / 2
     return (alone / n - others + pairs) * member
+
+
+def shapley_attributions(maps: AttentionMaps, players: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the paper's attributions {name: (batch, tokens)}: six, or without gradients the first three.
+
+    players  bool (batch, tokens), as in `attention_shapley`
+    """
+    known = [weighting for weighting in WEIGHTINGS if weighting == "attention" or maps.gradients is not None]
+    matrices = {weighting: pairwise_matrix(maps, weighting) for weighting in known}
+    return {
+        name: attention_shapley(matrices[weighting], players, game)
+        for name, (weighting, game) in ATTRIBUTIONS.items()
+        if weighting in matrices
+    }
 
 
 def check_game(game: str) -> None:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
@@ -19,16 +18,17 @@ class TTest(NamedTuple):
 
 
 def mean_interval(scores, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Return the columns mean, low, high of each column of `scores` (inputs, methods): percentile bootstrap
-    over inputs.
+    """Return the columns mean, low, high of each column of `scores` (inputs, methods): bootstrap over inputs.
 
-    All methods share the same resamples of the inputs, as a paired comparison wants it. One input alone has
-    no interval: NaN.
+    The interval is of percentiles, and all methods share the same resamples of the inputs, as a paired
+    comparison wants it. One input alone has no interval: NaN. Raises ValueError for scores that are not
+    finite.
     """
     scores = pd.DataFrame(scores)
+    _check_finite(scores)
     if len(scores) < 2:
         return pd.DataFrame({"mean": scores.mean(), "low": np.nan, "high": np.nan})
-    result = scipy.stats.bootstrap(
+    result = stats.bootstrap(
         (scores.to_numpy(),),
         np.mean,
         axis=0,
@@ -55,12 +55,13 @@ def paired_tests(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
         raise ValueError(
             f"reference {reference!r} is not a column; use one of {', '.join(map(str, scores.columns))}"
         )
+    _check_finite(scores)
     if len(scores) < 2:
         raise ValueError(f"a paired test needs at least two inputs, not {len(scores)}")
     differences = scores.drop(columns=reference).sub(scores[reference], axis=0)
     table = mean_interval(differences)
     table["p"] = [
-        scipy.stats.wilcoxon(difference).pvalue if np.any(difference != 0) else 1.0
+        stats.wilcoxon(difference).pvalue if np.any(difference != 0) else 1.0
         for difference in differences.to_numpy().T
     ]
     table["p Holm"] = multipletests(table["p"], method="holm")[1]
@@ -68,24 +69,22 @@ def paired_tests(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def tied_with_best(scores: pd.DataFrame, higher: bool = True, seed: int = 0) -> list[str]:
-    """Return the best method by its mean, first, and every method whose interval of the difference to it
-    holds zero.
+    """Return the best method by its mean, then those whose interval of the difference to it holds zero.
 
     scores  one line an input, one column a method; `higher` says whether larger means better
     """
+    _check_finite(scores)
     best = scores.mean().idxmax() if higher else scores.mean().idxmin()
     gaps = mean_interval(scores.drop(columns=best).sub(scores[best], axis=0), seed=seed)
     return [best, *gaps.index[(gaps["low"] <= 0) & (gaps["high"] >= 0)]]
 
 
 def pareto_front(prices: Sequence[float], scores: Sequence[float]) -> np.ndarray:
-    """Return bool (methods,): True where no other method scores at least as high for at most the price, and
-    differs.
-    """
-    prices, scores = np.asarray(prices, dtype=float), np.asarray(scores, dtype=float)
-    no_worse = (prices[None] <= prices[:, None]) & (scores[None] >= scores[:, None])
-    better = (prices[None] < prices[:, None]) | (scores[None] > scores[:, None])
-    return ~(no_worse & better).any(1)
+    """Return bool (methods,): True where no other scores at least as high for at most the price."""
+    price, score = np.asarray(prices, dtype=float), np.asarray(scores, dtype=float)
+    no_worse = (price[None] <= price[:, None]) & (score[None] >= score[:, None])
+    better = (price[None] < price[:, None]) | (score[None] > score[:, None])
+    return np.asarray(~(no_worse & better).any(1))
 
 
 def rank_agreement(attributions: pd.DataFrame, inputs) -> pd.DataFrame:
@@ -132,8 +131,7 @@ def t_test(scores, null: float = 0.5) -> TTest:
 
 
 def empirical_p_values(scores, null_scores, center: float = 0.5) -> np.ndarray:
-    """Return two-sided p-values (...) of scores against those of random CAVs: (1 + number as extreme) / (1 +
-    n).
+    """Return two-sided p-values (...) against scores of random CAVs: (1 + number as extreme) / (1 + n).
 
     scores       (...) TTCAV scores of one draw, or means over draws, whose p-values then err on the high side
     null_scores  (..., n) scores of CAVs that tell random images from other random images, same layer and
@@ -155,9 +153,7 @@ def empirical_p_values(scores, null_scores, center: float = 0.5) -> np.ndarray:
 
 
 def benjamini_hochberg(p_values) -> np.ndarray:
-    """Return the p-values adjusted for the false discovery rate over all entries together, in their own
-    shape.
-    """
+    """Return the p-values adjusted for the false discovery rate over all entries together."""
     p_values = np.asarray(p_values, dtype=np.float64)
     return stats.false_discovery_control(p_values.ravel()).reshape(p_values.shape)
 
@@ -165,8 +161,7 @@ def benjamini_hochberg(p_values) -> np.ndarray:
 def bootstrap_interval(
     positive, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the percentile interval (low, high), each (...), of the mean TTCAV score over images and CAV
-    draws.
+    """Return the percentile interval (low, high), each (...), of the mean TTCAV score.
 
     positive  bool (..., images, draws), whether the image's score is positive for that CAV
 
@@ -190,3 +185,13 @@ def bootstrap_interval(
     )  # (..., n_resamples)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=-1)
     return low, high
+
+
+def _check_finite(scores: pd.DataFrame) -> None:
+    bad = ~np.isfinite(scores.to_numpy(dtype=float))
+    if bad.any():
+        column = scores.columns[bad.any(0)][0]
+        raise ValueError(
+            f"{bad.any(1).sum()} inputs have no finite score of {column!r}; leave out these inputs, or that "
+            f"column"
+        )

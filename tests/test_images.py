@@ -37,7 +37,7 @@ def test_unreadable_files_are_named_skipped_and_counted(folder):
     with pytest.warns(UserWarning, match=r"'striped': skipped 2 unreadable files \(1.png, notes.txt\)"):
         assert len(load_image_folder(folder)["striped"]) == 5
     with pytest.raises(
-        ValueError, match=r"'striped' has 5 images beside 2 unreadable files \(1.png.*at least 6"
+        ValueError, match=r"'striped' has 5 images and needs at least 6 beside 2 unreadable files \(1.png"
     ):
         load_image_folder(folder, min_images=6)
 

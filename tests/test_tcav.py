@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from helpers import concept_world
 from helpers.activations import token_activations
-from helpers.models import find_target, load_image_classifier
+from helpers.labels import find_class
+from helpers.models import load_image_classifier
 from helpers.paths import PROJECT_ROOT
 from helpers.tcav import (
     KINDS,
@@ -122,11 +123,11 @@ def test_targets_are_found_by_label_or_synonym(vit):
     labels = ("zebra", "fire engine, fire truck", "dalmatian, coach dog", "crane", "crane, bird")
     vit.config.id2label = dict(enumerate(labels))
     names = ("zebra", "Fire truck", "dalmatian, coach dog", "Dalmatian")
-    assert [find_target(vit, label) for label in names] == [0, 1, 2, 2]
+    assert [find_class(vit, label) for label in names] == [0, 1, 2, 2]
     with pytest.raises(ValueError, match="did you mean 'dalmatian, coach dog'"):
-        find_target(vit, "dalmation")
+        find_class(vit, "dalmation")
     with pytest.raises(ValueError, match="several.*'crane' or 'crane, bird'"):
-        find_target(vit, "Crane")
+        find_class(vit, "Crane")
     assert_close(token_gradients(vit, pixels(1), "fire truck")[0], token_gradients(vit, pixels(1), 1)[0])
 
 
