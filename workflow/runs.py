@@ -2,14 +2,13 @@
 
 import csv
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from workflow.parameters import ROOT, notebook_names, plan_run
-from workflow.provenance import file_digest, notebook_state, plan_digests, read_provenance
+from workflow.provenance import notebook_state, plan_digests, read_provenance
 
 
 def recorded_runs(folder: Path) -> dict[str, dict]:
@@ -79,8 +78,9 @@ def _numbers(part, name: str = "") -> Iterator[tuple]:
 
 
 def publish_run(run: Path) -> Path:
-    """Replace the committed notebooks and figures by those of a run of the default profile, when all of it is
-    finished, and return the folder where they now are.
+    """Replace the committed results by those of a run of the default profile, when all of it is finished.
+
+    Returns the folder where they now are. Vectors, which are large and which git ignores, stay in the run.
     """
     plan = plan_run("default")
     rest = [name for _, name, state in run_states({".": {"plan": plan}}, run) if state != "finished"]
@@ -88,19 +88,21 @@ def publish_run(run: Path) -> Path:
         click.echo(f"the committed results stay until {', '.join(rest)} is finished, too")
         return run
     for name in plan:
-        files = [*read_provenance(name, run)["files"], f"figures/{name}/provenance.json"]
+        provenance, record = read_provenance(name, run), f"figures/{name}/provenance.json"
+        files = {path: sha for path, sha in provenance["files"].items() if not path.endswith(".safetensors")}
         for path in files:
-            _replace(ROOT / path, run / path)
+            _replace(ROOT / path, (run / path).read_bytes())
+        _replace(ROOT / record, json.dumps({**provenance, "files": files}, indent=1).encode())
         for path in (ROOT / "figures" / name).rglob("*"):
-            if path.is_file() and path.relative_to(ROOT).as_posix() not in files:
+            if path.is_file() and path.relative_to(ROOT).as_posix() not in {*files, record}:
                 path.unlink()
     return ROOT
 
 
-def _replace(target: Path, source: Path) -> None:
-    """Make a file the copy of another at once, unless it is that already."""
-    if not target.is_file() or file_digest(target) != file_digest(source):
+def _replace(target: Path, content: bytes) -> None:
+    """Give a file this content at once, unless it has it already."""
+    if not target.is_file() or target.read_bytes() != content:
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f".running-{target.name}")
-        shutil.copyfile(source, unfinished)
+        unfinished.write_bytes(content)
         unfinished.replace(target)
