@@ -1,5 +1,6 @@
 """Load transformer classifiers, choose device and precision, and refuse what cannot be explained."""
 
+import os
 import warnings
 from collections.abc import Collection, Sequence
 from contextlib import contextmanager
@@ -244,6 +245,7 @@ def _load_model(loader, folder: str, brought: Collection[str] = (), **options):
     Raises ValueError for a checkpoint whose weights, as of the head, would be drawn at random; an adapter
     names those that it has `brought`.
     """
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a hub's service is asked to convert
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers reports what is missing at length; it is said below
     options |= {"attn_implementation": "eager", "use_safetensors": True, "output_loading_info": True}

@@ -89,7 +89,7 @@ def project(tmp_path, monkeypatch):
     write_notebook(root, "01_first", "from helpers.games import width", RESULT)
     write_notebook(root, "02_second", "from helpers import plots", RESULT)
     write_notebook(root, "03_third", READ, RESULT)
-    ours = lambda: [name for name in sys.modules if name.split(".")[0] == "workflow"]
+    ours = lambda: [name for name in sys.modules if name.split(".")[0] in ("workflow", "helpers")]
     for name in ours():
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(root))
