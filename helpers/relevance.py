@@ -185,9 +185,9 @@ def _hooks(model, rules: str):
 
 def _norm_rule(module, args, output):
     x = args[0].detach().to(full_precision(args[0].dtype))
-    slope = (x.var(-1, correction=0, keepdim=True) + module.eps).rsqrt()
-    slope = slope if module.weight is None else slope * module.weight
-    return _Slope.apply(args[0], output.detach(), slope.detach(), True)
+    slope = torch.native_layer_norm(x, module.normalized_shape, None, None, module.eps)[2]  # 1 / σ
+    slope = slope if module.weight is None else slope * module.weight.detach()
+    return _Slope.apply(args[0], output.detach(), slope, True)
 
 
 def _activation_rule(module, args, output):
@@ -196,7 +196,7 @@ def _activation_rule(module, args, output):
 
 def _secant(x, output, at_zero: float):
     """Return the activation's output, linear in x going back, with the slope a(x) / x."""
-    slope = (output.detach() / x.detach()).masked_fill(x.detach() == 0, at_zero)
+    slope = (output.detach() / x.detach()).nan_to_num_(at_zero)  # 0 / 0 becomes the limit
     return _Slope.apply(x, output.detach(), slope, False)
 
 
