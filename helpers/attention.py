@@ -19,8 +19,8 @@ class AttentionMaps:
                their mean, if the heads were averaged while reading
     gradients  the same shape, derivative of the target's logit by each weight; None when not asked for
     real       (batch, tokens) bool, False at padding; None when nothing is padded
-    rules      of the backward pass: "none", or "attnlrp" as in `helpers.relevance`; then a weight's gradient is
-               its half of the product with the values
+    rules      of the backward pass: "none", or "attnlrp" as in `helpers.relevance`; then the gradient of a
+               weight is its half of the product with the values
     relevance  (batch, tokens) gradient × input under the rules, from the same pass; None without rules
     """
 
@@ -53,8 +53,8 @@ def read_attention(
     """
     if rules not in ("none", "attnlrp") or (rules != "none" and not gradients):
         raise ValueError(
-            f"attention is read with rules 'none', or 'attnlrp' and gradients=True, not with rules={rules!r} and "
-            f"gradients={gradients}"
+            f"attention is read with rules 'none', or 'attnlrp' and gradients=True, "
+            f"not with rules={rules!r} and gradients={gradients}"
         )
     if gradients and mean_heads:
         raise ValueError(

@@ -1,16 +1,13 @@
-"""Relevance of tokens as gradient × input, under rules that change the backward pass alone: AttnLRP and CP-LRP.
+"""Relevance of tokens: gradient × input under rules that change the backward pass alone, AttnLRP and CP-LRP.
 
 Built from the formulas of Ali et al. (2022, CP-LRP), arXiv 2202.07304, and Achtibat et al. (2024, AttnLRP),
 arXiv 2402.05602. Layer-wise relevance propagation is patented: free for personal and scientific purposes.
-
-The rules, sg(·) being what is held constant in the backward pass:
+The rules, with sg(·) for what the backward pass holds constant; all else is linear and keeps its gradient:
 
     LayerNorm   (x − mean x) / sg(σ(x)) · γ + β
     activation  x · sg(a(x) / x), and a'(0) where x = 0: ½ for GELU, 1 for tanh; ReLU is this rule already
-    attention   "cp": sg(A). "attnlrp": softmax stays; in both products, QKᵀ and A·V, each factor gets half
-
-Halves at A, v, q and k are a factor ½ at v and ½ · ½ at q and k, the two products lying one after the other.
-Sums, linear maps and layer scales have no rule of their own.
+    attention   "cp": sg(A). "attnlrp": softmax stays; in both products, QKᵀ and A·V, each factor gets half,
+                which makes ½ at v and at A, and ½ · ½ at q and k, since A's gradient goes on to them
 """
 
 from contextlib import ExitStack, contextmanager
@@ -81,10 +78,9 @@ def gradient_times_input(model, inputs, target=None, rules: str = "none") -> tor
 
 @contextmanager
 def start_at_embeddings(model):
-    """Let the graph of the enclosed pass start at the word or patch embeddings, so that frozen weights cost no
-    gradient.
+    """Let the graph of the enclosed pass start at the word or patch embeddings: frozen weights cost no gradient.
 
-    Yields a list that holds them afterwards: one tensor (batch, words or patches, hidden).
+    Yields a list that holds them afterwards, one tensor (batch, words or patches, hidden).
     """
     embeddings: list[torch.Tensor] = []
 
@@ -133,10 +129,6 @@ def check_rules(model, rules: str) -> None:
             f"the families {', '.join(FAMILIES)} with GELU, ReLU or tanh and LayerNorm"
         )
     for block in transformer_blocks(model):
-        if not any(type(module) in SLOPE_AT_ZERO for module in block.modules()):
-            raise ValueError(
-                f"{name} has an activation that is no module, so no rule of relevance can reach it"
-            )
         for role, names in PROJECTIONS.items():
             if sum(path.rsplit(".")[-1] in names for path, _ in block.named_modules()) != 1:
                 raise ValueError(f"{name} has no single {role} projection a block, so no rule can reach it")
@@ -201,7 +193,7 @@ def _secant(x, output, at_zero: float):
 
 
 def _tanh_between(first, second):
-    """Give a tanh that is a function the rule, from the output of the layer before to the input of the next."""
+    """Give a tanh that is no module the rule, from the output of one layer to the input of the next."""
     seen = []
     yield first.register_forward_hook(lambda module, args, output: seen.append(output))
     yield second.register_forward_pre_hook(lambda module, args: (_secant(seen.pop(), args[0], 1.0),))

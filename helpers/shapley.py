@@ -1,7 +1,7 @@
 """Attention-driven Shapley values: games read from one attention matrix, solved in closed form.
 
-Source: Eggen, Lysnæs-Larsen and Strümke (2025), arXiv 2508.08966. The closed form of max_mutual, the weighting
-"relevance" and the game "received" are ours.
+Source: Eggen, Lysnæs-Larsen and Strümke (2025), arXiv 2508.08966. The closed form of max_mutual, the
+weighting "relevance" and the game "received" are ours.
 """
 
 import torch
@@ -85,8 +85,9 @@ def attention_shapley(matrix: torch.Tensor, players: torch.Tensor, game: str = "
     players  bool (batch, tokens), the tokens that may be in a coalition
     game     as in `coalition_values`
 
-    cls and received are additive: φ_i is M[cls, i], or the sum of column i. A pairwise game of n ≥ 2 players is a sum of pair games and singleton
-    games, so φ_i = M[i,i]/n − Σ_{j≠i} M[j,j]/(n(n−1)) + ½ Σ_{j≠i} w_ij.
+    cls and received are additive: φ_i is M[cls, i], or the sum of column i. A pairwise game of n ≥ 2 players
+    is a sum of pair games and singleton games, so
+    φ_i = M[i,i]/n − Σ_{j≠i} M[j,j]/(n(n−1)) + ½ Σ_{j≠i} w_ij.
     Raises ValueError for an unknown game, non-finite attention, shapes that do not fit, or an input without
     players.
     """
