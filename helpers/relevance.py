@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from transformers import activations
 
 from helpers.images import patch_grid
 from helpers.models import GRADIENT_SCALE, full_precision, resolve_target, transformer_blocks
@@ -22,20 +21,19 @@ from helpers.models import GRADIENT_SCALE, full_precision, resolve_target, trans
 RULES = ("none", "cp", "attnlrp")
 SHARE = 0.5  # of the gradient, for each factor of a product under attnlrp
 FAMILIES = ("bert", "distilbert", "roberta", "electra", "vit", "deit", "dinov2", "dinov2_with_registers")
-GELUS = (nn.GELU, activations.GELUActivation, activations.GELUTanh, activations.NewGELUActivation)
-GELUS += (activations.FastGELUActivation, activations.AccurateGELUActivation, activations.QuickGELUActivation)
+GELUS = [f"{name}Activation" for name in ("GELU", "NewGELU", "FastGELU", "QuickGELU", "AccurateGELU")]
 SLOPE_AT_ZERO = {
-    **dict.fromkeys(GELUS, 0.5),
-    nn.Tanh: 1.0,
-    nn.ReLU: 0.0,
-}  # a'(0) of the activations known here
-WITHOUT_RULE = (nn.Linear, nn.Embedding, nn.Conv2d, nn.Dropout, nn.Identity, nn.ModuleList)
-WITHOUT_RULE_BY_NAME = (
-    "LayerScale",
-    "DropPath",
-)  # endings; transformers has one class of them for each family
-PROJECTIONS = {"query": ("query", "q_lin", "q_proj"), "key": ("key", "k_lin", "k_proj")}
-PROJECTIONS["value"] = ("value", "v_lin", "v_proj")
+    **dict.fromkeys(["GELU", "GELUTanh", *GELUS], 0.5),
+    "Tanh": 1.0,
+    "ReLU": 0.0,
+}  # class of an activation: a'(0)
+LINEAR = ("Linear", "Embedding", "Conv2d", "Dropout", "Identity", "ModuleList")  # need no rule
+LINEAR_ENDINGS = ("LayerScale", "DropPath")  # nor do these, of which each family has its own class
+PROJECTIONS = {
+    "query": ("query", "q_lin", "q_proj"),
+    "key": ("key", "k_lin", "k_proj"),
+    "value": ("value", "v_lin", "v_proj"),
+}
 
 
 @contextmanager
@@ -78,11 +76,11 @@ def gradient_times_input(model, inputs, target=None, rules: str = "none") -> tor
 
 @contextmanager
 def start_at_embeddings(model):
-    """Let the graph of the enclosed pass start at the word or patch embeddings: frozen weights cost no gradient.
+    """Let the graph of the enclosed pass start at the word or patch embeddings.
 
     Yields a list that holds them afterwards, one tensor (batch, words or patches, hidden).
     """
-    embeddings: list[torch.Tensor] = []
+    embeddings = []
 
     def start(module, args, output):
         embeddings.append(output.detach().requires_grad_())
@@ -100,9 +98,7 @@ def times_input(model, inputs, embeddings: torch.Tensor, gradient: torch.Tensor)
     dtype = full_precision(embeddings.dtype)
     values = (embeddings.detach().to(dtype) * gradient.to(dtype)).sum(-1)
     if not torch.isfinite(values).all():
-        raise ValueError(
-            "gradient × input holds NaN or infinity; check the weights, or use another precision"
-        )
+        raise ValueError("gradient × input holds NaN or infinity; check the weights or the precision")
     if "pixel_values" in inputs:
         prefix, *_ = patch_grid(model, inputs["pixel_values"].shape[-2:])
         values = nn.functional.pad(values, (prefix, 0))
@@ -110,17 +106,14 @@ def times_input(model, inputs, embeddings: torch.Tensor, gradient: torch.Tensor)
 
 
 def check_rules(model, rules: str) -> None:
-    """Raise ValueError for unknown rules, and for a model with an activation, a norm or another part that the
-    rules do not know, by its name.
-    """
+    """Raise ValueError for unknown rules, or for an activation or norm that they do not know, by its name."""
     if rules not in RULES:
         raise ValueError(f"rules {rules!r} are unknown; use one of {', '.join(RULES)}")
     if rules == "none":
         return
-    parts = {type(module) for module in model.modules() if next(module.children(), None) is None}
-    known = (*SLOPE_AT_ZERO, nn.LayerNorm, *WITHOUT_RULE)
-    unknown = {kind.__name__ for kind in parts if kind not in known}
-    unknown = sorted(name for name in unknown if not name.endswith(WITHOUT_RULE_BY_NAME))
+    parts = {type(part).__name__ for part in model.modules() if next(part.children(), None) is None}
+    unknown = sorted(parts - {*SLOPE_AT_ZERO, *LINEAR, "LayerNorm"})
+    unknown = [part for part in unknown if not part.endswith(LINEAR_ENDINGS)]
     name, family = type(model).__name__, model.config.model_type
     if unknown or family not in FAMILIES:
         what = f"has {', '.join(unknown)}" if unknown else f"is of the family {family!r}"
@@ -157,7 +150,7 @@ def _hooks(model, rules: str):
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             yield module.register_forward_hook(_norm_rule)
-        elif type(module) in SLOPE_AT_ZERO and not isinstance(module, nn.ReLU):
+        elif type(module).__name__ in SLOPE_AT_ZERO:
             yield module.register_forward_hook(_activation_rule)
         parts = dict(module.named_children())
         if {
@@ -183,7 +176,7 @@ def _norm_rule(module, args, output):
 
 
 def _activation_rule(module, args, output):
-    return _secant(args[0], output, SLOPE_AT_ZERO[type(module)])
+    return _secant(args[0], output, SLOPE_AT_ZERO[type(module).__name__])
 
 
 def _secant(x, output, at_zero: float):

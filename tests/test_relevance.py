@@ -18,6 +18,7 @@ from transformers import (
     Dinov2WithRegistersForImageClassification,
     ViTConfig,
     ViTForImageClassification,
+    activations,
 )
 
 from helpers.attention import AttentionMaps, read_attention
@@ -119,10 +120,11 @@ def test_without_rules_it_is_the_gradient_times_the_word_embedding(classifier):
 def test_two_layers_of_width_two_solved_by_hand(rules, shares):
     """A norm of two numbers leaves a sign n = d/|d|, d half their difference: here n = 1, -1, 1.
 
-    Attention is even, so a layer makes d' = n + c · mean(n), (4/3, -2/3, 4/3) for c = 1. Of token 1's relevance
-    its own n has (1 + c/3) · 3/4, token 2 has -c/4, token 3 has c/4; of token 2's its own (1 + c/3) · 3/2, the
-    others -c/2 each. c = 1 where the values carry all, ½ where half is the weights' and ends in queries of zero.
-    Twice: 19/16, -13/16 and 10/16 of the logit tanh(1) for c = 1; 52/64, -22/64 and 16/64 for c = ½.
+    Attention is even, so a layer makes d' = n + mean of n = (4/3, -2/3, 4/3). The values carry a share c of
+    the mean's relevance, 1 or ½; the rest ends in queries of zero. So of token 1's relevance (1 + c/3) · 3/4
+    goes to its own n, -c/4 to token 2 and c/4 to token 3; of token 2's (1 + c/3) · 3/2 to its own, -c/2 to
+    each other.
+    Twice: 19/16, -13/16, 10/16 of the logit tanh(1) for c = 1, and 52/64, -22/64, 16/64 for c = ½.
     """
     config = BertConfig(
         vocab_size=3, hidden_size=2, num_hidden_layers=2, num_attention_heads=1, intermediate_size=2
@@ -145,7 +147,7 @@ def test_two_layers_of_width_two_solved_by_hand(rules, shares):
 
 
 def surrogate(model, embeddings, frozen, rules, nudge=None):
-    """A BERT's logits written out, from word embeddings (tokens, width), with what the rules hold constant.
+    """A BERT's logits written out, from word embeddings (tokens, width), with what the rules hold fixed.
 
     The first call fills `frozen`; later ones read it. nudge = (layer, head, query, key, by) adds to a weight.
     """
@@ -225,11 +227,12 @@ def test_gradients_of_the_weights_equal_finite_differences_with_frozen_parts(mod
         assert abs(slope) > 1e-5
 
 
-@pytest.mark.parametrize("kind", SLOPE_AT_ZERO, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", SLOPE_AT_ZERO)
 def test_slope_of_an_activation_is_its_secant_and_at_zero_its_derivative(kind, model, tokenizer):
-    activation = kind()
+    activation = getattr(torch.nn, kind, None) or getattr(activations, kind)
+    activation = activation()
     step = torch.tensor(1e-4, dtype=torch.double)
-    if kind is not torch.nn.ReLU:  # which has no derivative at 0; autograd's 0 is kept
+    if kind != "ReLU":  # which has no derivative at 0; autograd's 0 is kept
         slope = (activation(step) - activation(-step)) / (2 * step)
         assert slope.item() == pytest.approx(SLOPE_AT_ZERO[kind], abs=1e-3)
     model = model.double()
@@ -259,7 +262,7 @@ def test_slope_of_an_activation_is_its_secant_and_at_zero_its_derivative(kind, m
 
 
 def without_constants(model):
-    """Take all that is added in a network and is not of the input: biases, positions, types, prefix tokens."""
+    """Take out what a network adds and is not of the input: biases, positions, types, prefix tokens."""
     for name, parameter in model.named_parameters():
         names = ("bias", "position_embeddings", "token_type_embeddings", "cls_token", "register_tokens")
         if any(part in name for part in (*names, "distillation_token")) and "projection" not in name:
@@ -279,7 +282,7 @@ def test_relevance_is_conserved_where_attention_is_frozen(classifier):
 
 
 def test_relevance_under_attnlrp_is_conserved_but_for_what_softmax_keeps(classifier):
-    """A weight's relevance is R = A ∘ ∂y/∂A. From a row of them softmax passes Σ_j log A_j (R_j - A_j Σ R) on."""
+    """A weight's relevance is R = A ∘ ∂y/∂A. Of a row softmax passes Σ_j log A_j (R_j - A_j Σ R) on."""
     model, inputs = without_constants(classifier[0]), classifier[1]
     maps = read_attention(model, inputs, target=1, gradients=True, rules="attnlrp")
     shares = maps.weights * maps.gradients
@@ -446,8 +449,8 @@ def test_received_equals_enumeration_of_all_coalitions():
 def test_chefer_of_three_tokens_and_two_layers_solved_by_hand(signed, expected):
     """Layer 1: token 1 takes ½ from token 2. Layer 2: [CLS] takes ½ of itself, ¼ of token 1.
 
-    R = (I + Ā₂)(I + Ā₁), and the row of [CLS] in Ā₂ Ā₁ is ¼ · ½ at token 2. A second head of layer 1 lets [CLS]
-    take -1/8 from token 1, on the mean of the heads; 3/2 of it comes through layer 2.
+    R = (I + Ā₂)(I + Ā₁), and the row of [CLS] in Ā₂ Ā₁ is ¼ · ½ at token 2. A second head of layer 1 lets
+    [CLS] take -1/8 from token 1, on the mean of the heads; 3/2 of it comes through layer 2.
     """
     weights, gradients = torch.full((1, 2, 2, 3, 3), 0.5), torch.zeros(1, 2, 2, 3, 3)
     gradients[0, 0, 0, 1, 2] = 2  # times a weight of ½ and over two heads: ½
