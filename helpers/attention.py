@@ -91,13 +91,14 @@ def read_attention(
     return AttentionMaps(logits, chosen, weights, slopes, real, rules, relevance)
 
 
-def check_gradients(maps: AttentionMaps, what: str, rules: str = "none") -> None:
-    """Raise ValueError where `what` finds no gradients in the maps, or those of other rules than it needs."""
+def check_gradients(maps: AttentionMaps, what: str, rules: str = "none") -> torch.Tensor:
+    """Return the gradients of the maps. Raises ValueError where `what` finds none, or those of other rules."""
     call = f"read_attention(..., gradients=True{'' if rules == 'none' else f', rules={rules!r}'})"
     if maps.gradients is None:
         raise ValueError(f"{what} needs gradients; call {call}")
     if maps.rules != rules:
         raise ValueError(f"{what} needs gradients of rules {rules!r}, not of {maps.rules!r}; call {call}")
+    return maps.gradients
 
 
 def check_eager(model) -> None:

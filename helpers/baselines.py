@@ -46,8 +46,8 @@ def grad_sam(maps: AttentionMaps) -> torch.Tensor:
     Source: Barkan et al. (2021), Grad-SAM. Raises ValueError where the gradients were not read, or by
     rules.
     """
-    check_gradients(maps, "Grad-SAM")
-    layers = zip(maps.weights.unbind(1), maps.gradients.unbind(1), strict=True)
+    slopes = check_gradients(maps, "Grad-SAM")
+    layers = zip(maps.weights.unbind(1), slopes.unbind(1), strict=True)
     relevance = sum((weights * gradients.relu()).sum((1, 3)) for weights, gradients in layers)
     return relevance / (_n_maps(maps) * _real_tokens(maps).sum(-1, keepdim=True))
 
@@ -73,10 +73,10 @@ def chefer_relevance(maps: AttentionMaps, signed: bool = False, cls: int = 0) ->
     Source: Chefer et al. (2021), generic attention explainability, arXiv 2103.15679. Raises ValueError as
     `grad_sam` does.
     """
-    check_gradients(maps, "Chefer's relevance")
+    slopes = check_gradients(maps, "Chefer's relevance")
     start = torch.eye(maps.weights.shape[-1], dtype=maps.weights.dtype, device=maps.weights.device)[cls]
     flow = start.expand(len(maps.weights), 1, -1)
-    layers = list(zip(maps.weights.unbind(1), maps.gradients.unbind(1), strict=True))
+    layers = list(zip(maps.weights.unbind(1), slopes.unbind(1), strict=True))
     for weights, gradients in reversed(layers):  # only the cls row is carried, as in `attention_rollout`
         step = weights * gradients
         flow = flow + flow @ (step if signed else step.relu()).mean(1)

@@ -17,7 +17,7 @@ from torch import nn
 
 from helpers.images import patch_grid
 from helpers.labels import resolve_target
-from helpers.models import GRADIENT_SCALE, full_precision, transformer_blocks
+from helpers.models import GRADIENT_SCALE, check_explainable, full_precision, transformer_blocks
 
 RULES = ("none", "cp", "attnlrp")
 SHARE = 0.5  # of the gradient, for each factor of a product under attnlrp

@@ -42,9 +42,9 @@ def pairwise_matrix(maps: AttentionMaps, weighting: str = "attention") -> torch.
         matrix = maps.weights.mean((1, 2))
         return matrix if maps.real is None else matrix * maps.real[..., None]
     rules = "attnlrp" if weighting == "relevance" else "none"
-    check_gradients(maps, f"weighting {weighting!r}", rules)
+    slopes = check_gradients(maps, f"weighting {weighting!r}", rules)
     total = torch.zeros_like(maps.weights[:, 0, 0])
-    for weights, gradients in zip(maps.weights.unbind(1), maps.gradients.unbind(1), strict=True):
+    for weights, gradients in zip(maps.weights.unbind(1), slopes.unbind(1), strict=True):
         total += (weights * (gradients if weighting == "relevance" else gradients.relu())).mean(1)
     return total / maps.weights.shape[1]  # one layer at a time keeps memory flat; at padding ∂y/∂A = 0
 
