@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from helpers.models import full_precision, resolve_target, transformer_blocks
+from helpers.labels import resolve_target
+from helpers.models import check_explainable, full_precision, transformer_blocks
 
 GRADIENT_SCALE = (
     2.0**8
@@ -50,6 +51,7 @@ def read_attention(
         raise ValueError(
             "gradients belong to single heads; ask for gradients or for mean_heads, not for both"
         )
+    check_explainable(model, inputs, gradients)
     check_eager(model)
     embeddings, blocks = model.get_input_embeddings(), transformer_blocks(model) if mean_heads else ()
     attentions = [module for block in blocks for module in block.modules()]

@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 
 from helpers.attention import GRADIENT_SCALE, AttentionMaps
 from helpers.estimators import enumerate_shapley, sampled_shapley
-from helpers.faithfulness import erased_probabilities
+from helpers.faithfulness import check_mask_token, erased_probabilities
 from helpers.images import replacement_pixels, sum_over_patches
-from helpers.models import fast_attention, resolve_target
+from helpers.labels import resolve_target
+from helpers.models import check_explainable, check_players, fast_attention
 from helpers.runtime import in_batches
 from helpers.text import encode, token_players
 
@@ -93,8 +94,8 @@ def shapley_input(
     if max(counts) > max_players:
         row = counts.index(max(counts))
         raise ValueError(
-            f"input {row} has {counts[row]} players, 2**{counts[row]} forwards; the limit is max_players={max_players}: "
-            "shorten the input, raise the limit, or estimate with sampled_shapley"
+            f"input {row} has {counts[row]} players, 2**{counts[row]} forwards; the limit is "
+            f"max_players={max_players}: shorten the input, raise it, or use shapley_input_sampled"
         )
 
     def solve(value, n, row):
@@ -116,11 +117,14 @@ def shapley_input_sampled(
 ) -> torch.Tensor:
     """Return unbiased estimates of `shapley_input` for any number of players: permutation sampling of shapiq.
 
-    Costs n_permutations · (n − 1) + 2 forwards for n players; input i draws its orders with seed + i.
+    Costs n_permutations · (n − 1) + 2 forwards for n players; input i draws its orders with 10,000 · seed +
+    i. Raises ValueError for fewer than one permutation.
     """
+    if n_permutations < 1:
+        raise ValueError(f"n_permutations must be at least 1, not {n_permutations}")
 
     def solve(value, n, row):
-        return sampled_shapley(value, n, max(n + 1, n_permutations * (n - 1) + 2), seed + row)
+        return sampled_shapley(value, n, max(n + 1, n_permutations * (n - 1) + 2), 10_000 * seed + row)
 
     return _solve_input_game(model, inputs, players, mask_token_id, target, operator, progress, solve)
 
@@ -131,6 +135,7 @@ def _solve_input_game(
     """Solve, by solve(value, n, row), the game whose payoff is the explained class's probability on a partial
     input.
     """
+    check_players(players)
     target = _explained_class(model, inputs, target)
     attributions = torch.zeros(players.shape, device=players.device)
     for row, playing in enumerate(tqdm(players, desc="Shapley-Input", disable=not progress, leave=False)):
@@ -151,6 +156,7 @@ def leave_one_out(
     """Return how much the explained class's probability falls when each player alone is erased: n + 1
     forwards.
     """
+    check_players(players)
     rows, tokens = players.nonzero(as_tuple=True)
     batch, n_tokens = players.shape
     keep = torch.ones(batch + len(rows), n_tokens, dtype=torch.bool, device=players.device)
@@ -180,13 +186,14 @@ def integrated_gradients(
     its width, each patch the sum over its pixels. The start is [MASK] at every player, or the colour
     `mask_token_id` all over. Source: Sundararajan et al. (2017).
     """
-    from captum.attr import (
-        IntegratedGradients,
-        LayerIntegratedGradients,
-    )  # heavy, and only this function needs it
+    from captum.attr import IntegratedGradients, LayerIntegratedGradients  # heavy, used here alone
 
-    target = _explained_class(model, inputs, target)
+    check_explainable(model, inputs, gradients=True)
+    check_players(players)
     images = "pixel_values" in inputs
+    if not images:
+        check_mask_token(mask_token_id)
+    target = _explained_class(model, inputs, target)
     changing = "pixel_values" if images else "input_ids"
     rest = {name: tensor for name, tensor in inputs.items() if name != changing}
 
@@ -196,29 +203,28 @@ def integrated_gradients(
 
     points = max(
         1, GRADIENT_TOKENS // (players.shape[1] * min(batch_size, len(players)))
-    )  # at once, of each input
-    method = IntegratedGradients(probability) if images else None
-    method = method or LayerIntegratedGradients(probability, model.get_input_embeddings())
+    )  # of each input at once
+    if images:
+        method = IntegratedGradients(probability)
+    else:
+        method = LayerIntegratedGradients(probability, model.get_input_embeddings())
 
     def integrate(places):
         part = slice(places.start, places.stop)
         whole = inputs[changing][part]
-        erased = (
-            replacement_pixels(whole, mask_token_id)
-            if images
-            else whole.masked_fill(players[part], mask_token_id)
+        if images:
+            erased = replacement_pixels(whole, mask_token_id)
+        else:
+            erased = whole.masked_fill(players[part], mask_token_id)
+        fine = method.attribute(
+            whole,
+            erased,
+            target=target[part],
+            n_steps=n_steps,
+            additional_forward_args=tuple(tensor[part] for tensor in rest.values()),
+            internal_batch_size=len(places) * points,
         )
-        fine = (
-            method.attribute(
-                whole,
-                erased,
-                target=target[part],
-                n_steps=n_steps,
-                additional_forward_args=tuple(tensor[part] for tensor in rest.values()),
-                internal_batch_size=len(places) * points,
-            ).detach()
-            / GRADIENT_SCALE
-        )
+        fine = fine.detach() / GRADIENT_SCALE
         return sum_over_patches(model, fine) if images else fine.sum(-1)
 
     with fast_attention(model):
@@ -239,6 +245,7 @@ def shap_values(
     import shap  # heavy, and only this function needs it
 
     inputs = encode(texts, tokenizer, model)
+    check_mask_token(tokenizer.mask_token_id)
     target = _explained_class(model, inputs, target)
     masker = shap.maskers.Text(tokenizer, collapse_mask_token=False, output_type="token_ids")
     attributions = torch.zeros(inputs["input_ids"].shape, device=model.device)
@@ -263,11 +270,9 @@ def shap_values(
 def _real_tokens(maps: AttentionMaps) -> torch.Tensor:
     """Return bool (batch, tokens), False at padding."""
     batch, *_, tokens = maps.weights.shape
-    return (
-        torch.ones(batch, tokens, dtype=torch.bool, device=maps.weights.device)
-        if maps.real is None
-        else maps.real
-    )
+    if maps.real is not None:
+        return maps.real
+    return torch.ones(batch, tokens, dtype=torch.bool, device=maps.weights.device)
 
 
 def _n_maps(maps: AttentionMaps) -> int:

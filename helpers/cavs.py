@@ -1,4 +1,6 @@
-"""Concept activation vectors by the many: draws, random ones for the null, held-out accuracy, save and load."""
+"""Concept activation vectors by the many: draws, random ones for the null, held-out accuracy, save and
+load.
+"""
 
 import json
 import os
@@ -26,7 +28,8 @@ from helpers.activations import (
     take_rows,
 )
 from helpers.images import MIN_IMAGES
-from helpers.models import find_target, transformer_blocks
+from helpers.labels import find_class
+from helpers.models import transformer_blocks
 from helpers.runtime import in_batches
 from helpers.tcav import (
     attention_weighted_derivatives,
@@ -128,7 +131,7 @@ def image_scores(
     Weightings are attention, plain and cls. TTCAV scores are `(scores > 0).mean(-2)`, (layers, concepts,
     draws).
     """
-    target = find_target(model, target) if isinstance(target, str) else target
+    target = find_class(model, target) if isinstance(target, str) else target
     collected = {name: {"attention": [], "plain": [], "cls": []} for name in cavs}
 
     def score(places):

@@ -19,7 +19,7 @@ from helpers.paths import CACHE, local_folder
 HUB_SETS = {  # name: hub id
     "sst2": "stanfordnlp/sst2",
     "imdb": "stanfordnlp/imdb",
-    "ag_news": "fancyzhe/ag_news",
+    "ag_news": "fancyzhx/ag_news",
 }
 VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 VADER_RESOURCES = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -31,24 +31,33 @@ VADER_MEMBERS = {
 }
 SHORT = 15  # word pieces, the paper's bound for its "short" panel
 NEUTRAL = 0.5  # ratings within ± NEUTRAL carry no label
+READERS = {
+    ".parquet": pd.read_parquet,
+    ".csv": pd.read_csv,
+    ".json": lambda path: pd.read_json(path, lines=path.read_text(encoding="utf8").lstrip()[:1] != "["),
+    ".jsonl": lambda path: pd.read_json(path, lines=True),
+}
 SENTENCE_SETS = (*VADER_MEMBERS, "movies_short", *HUB_SETS, "sst2_short")
 
 
 def load_sentences(name: str, split: str = "test", n_samples: int | None = None, seed: int = 0) -> Dataset:
-    """Return a set of labelled sentences with the columns text, label (ClassLabel) and rating (NaN if there
-    is none).
+    """Return a set of labelled sentences with the columns text, label and rating (NaN if there is none).
 
     `name` is one of SENTENCE_SETS, any hub id, or a local folder: one written by `Dataset.save_to_disk`, or
-    parquet, CSV or JSON files. Such a set needs the columns `text` (or `sentence`) and `label`. The suffix
-    `_short` keeps texts of at most 15 word pieces. `split` is "train" or "test". `n_samples` rows are drawn
-    without replacement with `seed`; None, or more than there are, keeps all rows.
+    parquet, CSV or JSON files, of which a single one without a split in its name is the test set. Such a set
+    needs the columns `text` (or `sentence`) and `label`. The suffix `_short` keeps texts of at most 15 word
+    pieces. `split` is "train" or "test". `n_samples` rows are drawn without replacement with `seed`; None, or
+    more than there are, keeps all rows.
+
+    Labels are a ClassLabel, or strings where the set has strings: `labels.align_labels` turns either into the
+    class numbers of a model.
 
     movies, amazon, nyt and tweets are the ground truth of VADER (Hutto and Gilbert, 2014), rated by people
     from -4 to 4; the label is the sign of the mean rating, ratings within ±0.5 are left out. One document in
     five is held out as "test"; no test text, and no other sentence of its document, is in "train".
 
-    Raises ValueError for an unknown name or split, or a set without these columns or that split with labels,
-    and ConnectionError where a hub set cannot be reached.
+    Raises ValueError for an unknown name or split, a set without these columns or that split with labels, or
+    a broken file, and ConnectionError where a hub set cannot be reached.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split {split!r} is unknown; use 'train' or 'test'")
@@ -161,25 +170,65 @@ def _load_named_set(name: str, split: str) -> Dataset:
             loaded = load_from_disk(source)
         else:
             loaded = load_dataset(source)
-    except (ConnectionError, FileNotFoundError) as error:
-        raise ConnectionError(
-            f"set {name!r} ({source}) cannot be loaded; "
-            f"connect to its hub once, or pass a local folder instead: {error}"
-        ) from error
+    except Exception as error:  # datasets and its readers raise errors of many kinds
+        raise _explained(error, name, source, folder) from error
     if isinstance(loaded, DatasetDict):
+        if (
+            folder
+            and list(loaded) == ["train"]
+            and not any("train" in path.stem for path in _data_files(folder))
+        ):
+            loaded["test"] = loaded.pop("train")  # files without a split in their names
         loaded = _labelled_split(loaded, split, name)
     if "sentence" in loaded.column_names and "text" not in loaded.column_names:
         loaded = loaded.rename_column("sentence", "text")
     missing = {"text", "label"} - set(loaded.column_names)
     if missing:
         raise ValueError(f"set {name!r} has columns {loaded.column_names}, but {sorted(missing)} is needed")
-    if not isinstance(loaded.features["label"], ClassLabel):
-        if any(label is None for label in loaded["label"]):
-            raise ValueError(f"set {name!r} has rows without a label; leave them out")
-        if "string" in loaded.features["label"].dtype:
-            loaded = loaded.class_encode_column("label")
-        else:  # numbers stay as they are, whichever of them this split holds
-            loaded = loaded.cast_column("label", ClassLabel(num_classes=max(2, max(loaded["label"]) + 1)))
+    kind = loaded.features["label"]
+    if any(text is None for text in loaded["text"]):
+        raise ValueError(f"set {name!r} has rows without a text; leave them out")
+    if any(label is None for label in loaded["label"]):
+        raise ValueError(f"set {name!r} has rows without a label; leave them out")
+    if not isinstance(kind, ClassLabel) and "string" not in kind.dtype:
+        if any(label != int(label) for label in loaded["label"]):
+            raise ValueError(
+                f"set {name!r} has labels that are no whole numbers; give class numbers or names"
+            )
+        loaded = loaded.cast_column(
+            "label", Value("int64")
+        )  # numbers stay as they are, whichever this split holds
+        loaded = loaded.cast_column("label", ClassLabel(num_classes=max(2, max(loaded["label"]) + 1)))
     if "rating" not in loaded.column_names:
         loaded = loaded.add_column("rating", [float("nan")] * len(loaded))
     return loaded.select_columns(["text", "label", "rating"])
+
+
+def _data_files(folder: Path) -> list[Path]:
+    files = (path for path in sorted(folder.rglob("*")) if not path.name.startswith("."))
+    return [path for path in files if path.suffix in READERS]
+
+
+def _explained(error: Exception, name: str, source: str, folder: Path | None) -> Exception:
+    """Return an error that says which file of a set is broken, or how else to get the set."""
+    if folder is None:
+        found = " ".join(str(error).split())
+        return ConnectionError(
+            f"set {name!r} ({source}) cannot be loaded; connect to its hub once, or pass a local folder: {found}"
+        )
+    files = _data_files(folder)
+    for path in files:
+        try:
+            READERS[path.suffix](path)
+        except Exception as broken:  # whatever its reader says
+            found = " ".join(str(broken).split())[:200]
+            return ValueError(
+                f"{path.name} of set {name!r} cannot be read ({found}); write or download it again"
+            )
+    if not files and not any(folder.glob("*.arrow")):
+        return ValueError(
+            f"set {name!r} holds no parquet, CSV or JSON files; put some there, such as test.csv"
+        )
+    return ValueError(
+        f"set {name!r} cannot be read as one table: {' '.join(str(error.__cause__ or error).split())}"
+    )

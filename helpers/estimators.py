@@ -1,10 +1,13 @@
-"""Shapley values without a closed form: enumeration, unbiased sampling by shapiq, and the paper's own sampling."""
+"""Shapley values without a closed form: enumeration, unbiased sampling by shapiq, and the paper's own
+sampling.
+"""
 
 import math
 from collections.abc import Callable
 
 import torch
 
+from helpers.models import check_players
 from helpers.shapley import CLS, check_game, coalition_values, pair_values
 
 
@@ -38,7 +41,7 @@ def enumerate_shapley(
     for player in range(n_players):
         without = rows[(rows >> player) & 1 == 0]
         shapley.append((weight[size[without]] * (v[without + 2**player] - v[without])).sum())
-    return torch.stack(shapley).to(values.dtype)
+    return torch.stack(shapley).to(values.dtype if values.is_floating_point() else torch.double)
 
 
 def sampled_shapley(
@@ -57,9 +60,10 @@ def sampled_shapley(
             f"a budget of {budget} coalitions does not pay for one permutation of {n_players} players"
         )
     estimator = PermutationSamplingSV(n_players, random_state=seed)
-    game = lambda coalitions: (
-        value(torch.from_numpy(coalitions.reshape(-1, n_players))).double().cpu().numpy()
-    )
+
+    def game(coalitions):
+        return value(torch.from_numpy(coalitions.reshape(-1, n_players))).double().cpu().numpy()
+
     return torch.from_numpy(estimator.approximate(budget, game).get_n_order_values(1)).float()
 
 
@@ -80,6 +84,7 @@ def published_sampling(
     evenly.
     """
     _check_sizes(sizes)
+    check_players(players)
     if n_coalitions < 1:
         raise ValueError(f"n_coalitions must be at least 1, not {n_coalitions}")
     generator = torch.Generator().manual_seed(seed)

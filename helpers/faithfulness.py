@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from helpers.images import PATCH_OPERATORS, erase_patches, patch_players
-from helpers.models import fast_attention, resolve_target
+from helpers.labels import resolve_target
+from helpers.models import check_explainable, check_players, fast_attention
 from helpers.runtime import in_batches
 
 OPERATORS = ("mask", "delete", "pad", "attention_mask")  # of tokens; those of patches are in helpers.images
 KS = (0, 10, 20, 50)  # percent of the players in the rationale
+BATCH_TOKENS = 1024  # tokens in one pass of erased inputs: on a CPU larger batches are slower
 TIE = 1e-6  # attributions closer than this share of the largest one are equal
 
 
@@ -30,15 +32,14 @@ class ErasureScores:
     """
 
     comprehensiveness: torch.Tensor
-    sufficiency: torch.Tensor
-    kept_predictions: torch.Tensor
+    sufficiency: torch.Tensor | None
+    kept_predictions: torch.Tensor | None
     probability: torch.Tensor
 
 
 @dataclass
 class ErasureCurves:
-    """Probability of the explained class as more and more of the ranking is erased, or kept; methods lead as
-    above.
+    """Probability of the explained class as more and more of the ranking is erased, or kept alone.
 
     ks                (K,) percent of the players in the rationale
     without           (..., batch, K) probability without the rationale: the deletion curve
@@ -49,15 +50,13 @@ class ErasureCurves:
 
     ks: tuple[float, ...]
     without: torch.Tensor
-    alone: torch.Tensor
-    kept_predictions: torch.Tensor
+    alone: torch.Tensor | None
+    kept_predictions: torch.Tensor | None
     probability: torch.Tensor
 
     @property
     def deletion_area(self) -> torch.Tensor:
-        """Area (..., batch) under the deletion curve, between 0 and 1 where ks run from 0 to 100; lower is
-        better.
-        """
+        """Area (..., batch) under the deletion curve, 0 to 1 where ks run from 0 to 100; lower is better."""
         return torch.trapezoid(self.without, torch.tensor(self.ks, device=self.without.device) / 100)
 
     @property
@@ -66,16 +65,16 @@ class ErasureCurves:
         return torch.trapezoid(self.alone, torch.tensor(self.ks, device=self.alone.device) / 100)
 
     def scores(self, ks: Sequence[float] = KS) -> ErasureScores:
-        """Return comprehensiveness and sufficiency over some of this curve's ks. Raises ValueError for
-        another k.
-        """
+        """Return the scores over some of this curve's ks. Raises ValueError for another k."""
         if not set(ks) <= set(self.ks):
             raise ValueError(f"the curve was drawn at {self.ks}, not at all of {tuple(ks)}")
         at = [self.ks.index(k) for k in ks]
-        drop = (self.probability[:, None] - torch.stack([self.without, self.alone])[..., at]).sum(-1) / (
-            len(ks) + 1
-        )
-        return ErasureScores(drop[0], drop[1], self.kept_predictions[..., at], self.probability)
+        p, divisor = self.probability[:, None], len(ks) + 1
+        comprehensiveness = (p - self.without[..., at]).sum(-1) / divisor
+        if self.alone is None:
+            return ErasureScores(comprehensiveness, None, None, self.probability)
+        sufficiency = (p - self.alone[..., at]).sum(-1) / divisor
+        return ErasureScores(comprehensiveness, sufficiency, self.kept_predictions[..., at], self.probability)
 
 
 def rationale(attributions: torch.Tensor, players: torch.Tensor, k: float) -> torch.Tensor:
@@ -106,15 +105,14 @@ def erasure_scores(
     operator: str = "mask",
     target=None,
     progress: bool = False,
+    sufficiency: bool = True,
 ) -> ErasureScores:
-    """Score attributions by comprehensiveness and sufficiency (DeYoung et al., 2020), with F1's predictions
-    beside them.
+    """Score attributions by comprehensiveness and sufficiency (DeYoung et al., 2020), with F1's predictions.
 
     Arguments and errors as in `erasure_curves`.
     """
-    return erasure_curves(
-        model, inputs, attributions, players, mask_token_id, ks, operator, target, progress
-    ).scores(ks)
+    options = {"operator": operator, "target": target, "progress": progress, "sufficiency": sufficiency}
+    return erasure_curves(model, inputs, attributions, players, mask_token_id, ks, **options).scores(ks)
 
 
 def erasure_curves(
@@ -127,6 +125,7 @@ def erasure_curves(
     operator: str = "mask",
     target=None,
     progress: bool = False,
+    sufficiency: bool = True,
 ) -> ErasureCurves:
     """Erase the rationale, and all but the rationale, at each k: deletion and insertion curves (Petsiuk et
     al., 2018).
@@ -141,15 +140,20 @@ def erasure_curves(
     operator       what erasing does, for text: "mask" by mask_token_id, "delete", "pad" by the padding token,
                    "attention_mask"; for patches: "mask" or "mean" by that colour, "blur", "noise"
     target         explained class as in `read_attention`; None is the prediction on the whole input
+    sufficiency    also run the rationale alone; without it, half of the passes, `alone` and what follows are
+                   None
 
-    Raises ValueError for k outside 0 to 100, an unknown operator, attributions of another shape or with NaN.
+    Raises ValueError for ks that are no percents, an unknown operator, no id to mask with, players that are
+    not bool or special tokens only, attributions of another shape or with NaN, and as `check_explainable`
+    does.
     """
     players = players.to(model.device)
     attributions = torch.as_tensor(attributions).to(model.device)
-    _check_erasure(attributions, players, ks)
+    _check_erasure(model, inputs, attributions, players, ks)
     batch, n_tokens = players.shape
     chosen = torch.stack([rationale(attributions, players, k) for k in ks], -2)  # (..., batch, K, tokens)
-    keep = torch.stack([~chosen, chosen | ~players[:, None]], -4)  # (..., without or alone, batch, K, tokens)
+    sides = [~chosen, chosen | ~players[:, None]] if sufficiency else [~chosen]
+    keep = torch.stack(sides, -4)  # (..., without or alone, batch, K, tokens)
     rows = torch.arange(batch, device=model.device)[:, None].expand(keep.shape[:-1]).reshape(-1)
     whole = torch.ones(batch, n_tokens, dtype=torch.bool, device=model.device)
     probabilities = erased_probabilities(
@@ -165,8 +169,9 @@ def erasure_curves(
     p = probabilities[:batch].gather(1, explained[:, None]).squeeze(1)
     erased = probabilities[batch:].reshape(*keep.shape[:-1], -1)
     index = explained[:, None, None].expand(*erased.shape[:-1], 1)
-    without, alone = erased.gather(-1, index).squeeze(-1).unbind(-3)
-    return ErasureCurves(tuple(ks), without, alone, erased.argmax(-1).select(-3, 1), p)
+    without, *alone = erased.gather(-1, index).squeeze(-1).unbind(-3)
+    kept = erased.argmax(-1).unbind(-3)[1:]
+    return ErasureCurves(tuple(ks), without, alone[0] if alone else None, kept[0] if kept else None, p)
 
 
 def erased_probabilities(
@@ -177,7 +182,7 @@ def erased_probabilities(
     mask_token_id: int | torch.Tensor | None,
     operator: str = "mask",
     progress: bool = False,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> torch.Tensor:
     """Return class probabilities (count, classes) of partly erased inputs.
 
@@ -193,36 +198,31 @@ def erased_probabilities(
     known = ("mask", *PATCH_OPERATORS) if images else OPERATORS
     if operator not in known:
         raise ValueError(f"operator {operator!r} is unknown; use one of {', '.join(known)}")
+    if operator == "mask" and not images:
+        check_mask_token(mask_token_id)
+    check_explainable(model, inputs)
     real = patch_players(model, inputs) if images else inputs["attention_mask"].bool()
-    keep = (
-        keep | ~real[rows]
-    )  # what is not erased makes no difference, so copies that differ only there are equal
+    keep = keep | ~real[rows]  # padding stays as it is, so copies that differ only there are equal
     packed = np.packbits(keep.cpu().numpy(), axis=1)
     key = np.concatenate([rows.cpu().numpy()[:, None].astype(np.int64).view(np.uint8), packed], axis=1)
     _, first, inverse = np.unique(key, axis=0, return_index=True, return_inverse=True)
     lengths = real.sum(-1)[rows].cpu().numpy()
-    order = first[
-        np.argsort(-lengths[first], kind="stable")
-    ]  # longest first, so the first of a batch bounds it
+    order = first[np.argsort(-lengths[first], kind="stable")]  # longest first: it bounds its batch
     position = np.empty(len(key), dtype=np.int64)
     position[order] = np.arange(len(order))
 
     def run(part):
         part = torch.as_tensor(part, device=rows.device)
-        return (
-            model(**erase(model, inputs, rows[part], keep[part], mask_token_id, operator))
-            .logits.float()
-            .softmax(-1)
-        )
+        erased = erase(model, inputs, rows[part], keep[part], mask_token_id, operator)
+        return model(**erased).logits.float().softmax(-1)
 
     with torch.inference_mode(), fast_attention(model):
         batches = in_batches(
             run, order, batch_tokens, lambda copy: int(lengths[copy]), "erasing" if progress else None
         )
         results = [probabilities for _, probabilities in batches]
-    return torch.cat(results).clone()[
-        torch.as_tensor(position[first[inverse.reshape(-1)]], device=rows.device)
-    ]
+    found = torch.as_tensor(position[first[inverse.reshape(-1)]], device=rows.device)
+    return torch.cat(results).clone()[found]
 
 
 def erase(
@@ -254,15 +254,43 @@ def erase(
     return erased
 
 
-def _check_erasure(attributions: torch.Tensor, players: torch.Tensor, ks: Sequence[float]) -> None:
+def check_mask_token(mask_token_id: int | None) -> None:
+    """Raise ValueError where there is no token to mask with."""
+    if mask_token_id is None:
+        raise ValueError(
+            "mask_token_id is None, so there is no token to mask with; give tokenizer.mask_token_id, or where the "
+            "tokenizer has none, erase by another operator: delete, pad or attention_mask"
+        )
+
+
+def check_percents(ks: Sequence[float]) -> None:
+    """Raise ValueError for ks that are no percents of the players: outside 0 to 100, or all shares of 1."""
     if not len(ks) or any(not 0 <= k <= 100 for k in ks):
         raise ValueError(f"ks are percents of the players, each from 0 to 100, not {tuple(ks)}")
+    if 0 < max(ks) <= 1:
+        raise ValueError(
+            f"ks are percents of the players, and {tuple(ks)} look like shares; give 20 for a fifth"
+        )
+
+
+def _check_erasure(
+    model, inputs, attributions: torch.Tensor, players: torch.Tensor, ks: Sequence[float]
+) -> None:
+    check_explainable(model, inputs)
+    check_percents(ks)
+    check_players(players)
     if attributions.shape[-2:] != players.shape or attributions.ndim > 3:
         raise ValueError(
             f"attributions {tuple(attributions.shape)} do not fit players {tuple(players.shape)}"
         )
     if not torch.isfinite(attributions.masked_fill(~players, 0)).all():
         raise ValueError("the attributions hold NaN or infinity at a player")
-    if not players.any(-1).all():
-        row = (~players.any(-1)).nonzero()[0].item()
-        raise ValueError(f"input {row} has no players, so there is nothing to erase")
+    if "attention_mask" in inputs:  # [CLS] comes first and the separator last
+        inner = inputs["attention_mask"].bool().clone()
+        inner[:, 0] = False
+        inner[torch.arange(len(inner)), inputs["attention_mask"].sum(-1) - 1] = False
+        if (special := inner.any(-1) & ~(players & inner).any(-1)).any():
+            row = special.nonzero()[0].item()
+            raise ValueError(
+                f"the players of input {row} are special tokens only; take those of token_players"
+            )

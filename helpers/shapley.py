@@ -6,10 +6,21 @@ Source: Eggen, Lysnæs-Larsen and Strümke (2025), arXiv 2508.08966; the closed 
 import torch
 
 from helpers.attention import AttentionMaps
+from helpers.models import check_players
 
 GAMES = ("cls", "mutual", "max_mutual")
 WEIGHTINGS = ("attention", "gradient")
 CLS = 0  # position of the classification token in BERT, RoBERTa, ELECTRA, ViT, DeiT and DINOv2
+
+
+ATTRIBUTIONS = {  # the paper's six, as tables and figures name them: (weighting, game)
+    "Shapley-Att-CLS": ("attention", "cls"),
+    "Shapley-Att-Mutual": ("attention", "mutual"),
+    "Shapley-Att-Max-Mutual": ("attention", "max_mutual"),
+    "Shapley-Grad-Att-CLS": ("gradient", "cls"),
+    "Shapley-Grad-Att-Mutual": ("gradient", "mutual"),
+    "Shapley-Grad-Att-Max-Mutual": ("gradient", "max_mutual"),
+}
 
 
 def pairwise_matrix(maps: AttentionMaps, weighting: str = "attention") -> torch.Tensor:
@@ -83,11 +94,8 @@ def attention_shapley(matrix: torch.Tensor, players: torch.Tensor, game: str = "
         )
     if not torch.isfinite(matrix).all():
         raise ValueError("the attention matrix holds NaN or infinity")
+    check_players(players)
     n = players.sum(-1, keepdim=True)
-    if (n == 0).any():
-        raise ValueError(
-            f"input {(n == 0).squeeze(-1).nonzero()[0].item()} has no players, so there is nothing to explain"
-        )
     if game == "cls":
         return matrix[:, CLS] * players
     member = players.to(matrix.dtype)
@@ -95,6 +103,21 @@ def attention_shapley(matrix: torch.Tensor, players: torch.Tensor, game: str = "
     others = (alone.sum(-1, keepdim=True) - alone) / (n * (n - 1)).clamp(min=1)
     pairs = (pair_values(matrix, game) @ member[..., None]).squeeze(-1) / 2
     return (alone / n - others + pairs) * member
+
+
+def shapley_attributions(maps: AttentionMaps, players: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the paper's attributions {name: (batch, tokens)} of one batch: six, or without gradients the
+    first three.
+
+    players  bool (batch, tokens), as in `attention_shapley`
+    """
+    known = [weighting for weighting in WEIGHTINGS if weighting == "attention" or maps.gradients is not None]
+    matrices = {weighting: pairwise_matrix(maps, weighting) for weighting in known}
+    return {
+        name: attention_shapley(matrices[weighting], players, game)
+        for name, (weighting, game) in ATTRIBUTIONS.items()
+        if weighting in matrices
+    }
 
 
 def check_game(game: str) -> None:

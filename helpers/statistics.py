@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
@@ -19,16 +18,17 @@ class TTest(NamedTuple):
 
 
 def mean_interval(scores, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Return the columns mean, low, high of each column of `scores` (inputs, methods): percentile bootstrap
-    over inputs.
+    """Return the columns mean, low, high of each column of `scores` (inputs, methods): bootstrap over inputs.
 
-    All methods share the same resamples of the inputs, as a paired comparison wants it. One input alone has
-    no interval: NaN.
+    The interval is of percentiles, and all methods share the same resamples of the inputs, as a paired
+    comparison wants it. One input alone has no interval: NaN. Raises ValueError for scores that are not
+    finite.
     """
     scores = pd.DataFrame(scores)
+    _check_finite(scores)
     if len(scores) < 2:
         return pd.DataFrame({"mean": scores.mean(), "low": np.nan, "high": np.nan})
-    result = scipy.stats.bootstrap(
+    result = stats.bootstrap(
         (scores.to_numpy(),),
         np.mean,
         axis=0,
@@ -55,12 +55,13 @@ def paired_tests(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
         raise ValueError(
             f"reference {reference!r} is not a column; use one of {', '.join(map(str, scores.columns))}"
         )
+    _check_finite(scores)
     if len(scores) < 2:
         raise ValueError(f"a paired test needs at least two inputs, not {len(scores)}")
     differences = scores.drop(columns=reference).sub(scores[reference], axis=0)
     table = mean_interval(differences)
     table["p"] = [
-        scipy.stats.wilcoxon(difference).pvalue if np.any(difference != 0) else 1.0
+        stats.wilcoxon(difference).pvalue if np.any(difference != 0) else 1.0
         for difference in differences.to_numpy().T
     ]
     table["p Holm"] = multipletests(table["p"], method="holm")[1]
@@ -73,6 +74,7 @@ def tied_with_best(scores: pd.DataFrame, higher: bool = True, seed: int = 0) -> 
 
     scores  one line an input, one column a method; `higher` says whether larger means better
     """
+    _check_finite(scores)
     best = scores.mean().idxmax() if higher else scores.mean().idxmin()
     gaps = mean_interval(scores.drop(columns=best).sub(scores[best], axis=0), seed=seed)
     return [best, *gaps.index[(gaps["low"] <= 0) & (gaps["high"] >= 0)]]
@@ -190,3 +192,12 @@ def bootstrap_interval(
     )  # (..., n_resamples)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=-1)
     return low, high
+
+
+def _check_finite(scores: pd.DataFrame) -> None:
+    bad = ~np.isfinite(scores.to_numpy(dtype=float))
+    if bad.any():
+        column = scores.columns[bad.any(0)][0]
+        raise ValueError(
+            f"{bad.any(1).sum()} inputs have no finite score of {column!r}; leave out these inputs, or that column"
+        )

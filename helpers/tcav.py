@@ -13,7 +13,8 @@ from sklearn.linear_model import LogisticRegression
 
 from helpers.activations import block_outputs, check_outputs
 from helpers.attention import GRADIENT_SCALE, check_eager
-from helpers.models import find_target, full_precision, resolve_target
+from helpers.labels import find_class, resolve_target
+from helpers.models import full_precision
 
 KINDS = ("logistic", "pattern", "fisher", "mean_difference")
 
@@ -22,13 +23,13 @@ def token_gradients(model, inputs, target=None) -> tuple[dict[int, torch.Tensor]
     """Return ({layer: (batch, tokens, hidden)}, {layer: (batch, tokens)}): ∂y/∂f_l, and the cls attention of
     layer l.
 
-    y is the logit of `target`: a class number, a label (see `find_target`), a (batch,) tensor, or None for
+    y is the logit of `target`: a class number, a label (see `find_class`), a (batch,) tensor, or None for
     the predicted class. The cls attention is the mean over heads of the cls row of A[l]. One forward and one
     backward pass; padding has no gradient and no attention. Raises ValueError for an unknown target, a model
     without eager attention, or gradients that are not finite.
     """
     check_eager(model)
-    target = find_target(model, target) if isinstance(target, str) else target
+    target = find_class(model, target) if isinstance(target, str) else target
     with torch.enable_grad(), block_outputs(model, differentiable=True) as outputs:
         result = model(**inputs, output_attentions=True)
         maps, chosen = result.attentions or (), resolve_target(model, result.logits, target)

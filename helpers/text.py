@@ -5,13 +5,20 @@ from collections.abc import Sequence
 
 import torch
 
+from helpers.models import check_cls_first
+
 
 def encode(texts: Sequence[str], tokenizer, model):
     """Tokenise `texts` for `model`: a padded BatchEncoding of tensors (texts, tokens) on the model's device.
 
     A text longer than the model allows is cut, with a warning that says how many of its tokens are explained.
-    Raises ValueError for an empty batch, or a text with nothing to explain (its position is named).
+    Padding goes to the right, whatever the tokenizer's own side: the games read [CLS] at the first position.
+    Raises ValueError for a bare string, an empty batch, a text with nothing to explain (its position is
+    named), or a tokenizer that puts no classification token first.
     """
+    if isinstance(texts, str):
+        raise ValueError(f"texts is one string, {texts[:40]!r}; give a list of texts")
+    check_cls_first(tokenizer)
     texts = list(texts)
     if not texts:
         raise ValueError("there is no text to explain")
@@ -23,7 +30,9 @@ def encode(texts: Sequence[str], tokenizer, model):
                 f"text {position}: explained {limit} of {length} tokens, the most this model reads",
                 stacklevel=2,
             )
-    inputs = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    inputs = tokenizer(
+        texts, padding=True, truncation=True, max_length=limit, padding_side="right", return_tensors="pt"
+    )
     for position, n_players in enumerate(token_players(inputs, tokenizer).sum(-1).tolist()):
         if n_players == 0:
             raise ValueError(f"text {position} ({texts[position]!r}) has no token to explain; leave it out")

@@ -30,7 +30,8 @@ from helpers import concept_world
 from helpers.activations import Activations, collect_activations, token_activations
 from helpers.cavs import cav_accuracies, fit_cavs, fit_random_cavs, image_scores, load_cavs, save_cavs
 from helpers.images import load_image_folder
-from helpers.models import find_target, load_image_classifier, set_precision
+from helpers.labels import find_class
+from helpers.models import load_image_classifier, set_precision
 from helpers.paths import PROJECT_ROOT
 from helpers.statistics import benjamini_hochberg, bootstrap_interval, empirical_p_values, t_test
 from helpers.tcav import (
@@ -230,11 +231,11 @@ def test_targets_are_found_by_label_or_synonym(vit):
     labels = ("zebra", "fire engine, fire truck", "dalmatian, coach dog", "crane", "crane, bird")
     vit.config.id2label = dict(enumerate(labels))
     names = ("zebra", "Fire truck", "dalmatian, coach dog", "Dalmatian")
-    assert [find_target(vit, label) for label in names] == [0, 1, 2, 2]
+    assert [find_class(vit, label) for label in names] == [0, 1, 2, 2]
     with pytest.raises(ValueError, match="did you mean 'dalmatian, coach dog'"):
-        find_target(vit, "dalmation")
+        find_class(vit, "dalmation")
     with pytest.raises(ValueError, match="several.*'crane' or 'crane, bird'"):
-        find_target(vit, "Crane")
+        find_class(vit, "Crane")
     assert_close(token_gradients(vit, pixels(1), "fire truck")[0], token_gradients(vit, pixels(1), 1)[0])
 
 
@@ -734,7 +735,7 @@ def test_unreadable_files_are_named_skipped_and_counted(folder):
     with pytest.warns(UserWarning, match=r"'striped': skipped 2 unreadable files \(1.png, notes.txt\)"):
         assert len(load_image_folder(folder)["striped"]) == 5
     with pytest.raises(
-        ValueError, match=r"'striped' has 5 images beside 2 unreadable files \(1.png.*at least 6"
+        ValueError, match=r"'striped' has 5 images and needs at least 6 beside 2 unreadable files \(1.png"
     ):
         load_image_folder(folder, min_images=6)
 

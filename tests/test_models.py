@@ -29,12 +29,10 @@ from helpers.faithfulness import erasure_scores
 from helpers.images import patch_players
 from helpers.models import (
     SENTIMENT_MODEL,
-    check_labels,
     fast_attention,
     load_image_classifier,
     load_text_classifier,
     load_text_classifiers,
-    resolve_target,
     set_precision,
     transformer_blocks,
 )
@@ -279,33 +277,6 @@ def test_gradients_of_one_class_an_input_are_those_of_each_class_alone(precise_m
     mixed = read_attention(precise_model, inputs, torch.tensor([2, 0, 1]), gradients=True).gradients
     for row, target in enumerate([2, 0, 1]):
         assert_close(mixed[row], read_attention(precise_model, inputs, target, gradients=True).gradients[row])
-
-
-def test_unknown_label_is_named_with_the_models_labels(model, tokenizer):
-    inputs = encode(SENTENCES, tokenizer, model)
-    with pytest.raises(ValueError, match="'happy' is not one of this model's: negative, neutral, positive"):
-        read_attention(model, inputs, target="happy")
-
-
-@pytest.mark.parametrize("target", [-1, 3, torch.tensor([0, 1, 3])])
-def test_class_outside_the_model_is_refused(model, target):
-    with pytest.raises(ValueError, match="outside this model's 3 classes"):
-        resolve_target(model, torch.zeros(3, 3), target)
-
-
-@pytest.mark.parametrize("label", [-1, 3])
-def test_data_labels_outside_the_model_name_set_and_classes(model, label):
-    rows = load_sentences("movies", n_samples=2)
-    wrong = (
-        rows.remove_columns("label")
-        .add_column("label", [0, label])
-        .cast_column("label", rows.features["label"])
-    )
-    with pytest.raises(
-        ValueError, match=rf"set 'movies' has labels \[{label}\] .* negative, neutral, positive"
-    ):
-        check_labels(model, wrong, "movies")
-    check_labels(model, rows, "movies")
 
 
 # Models that cannot be read

@@ -1,19 +1,13 @@
 """Passes are counted as they happen, and what a run leaves behind is readable."""
 
-import json
-import math
-import os
 import time
 import weakref
 
-import matplotlib.pyplot as plt
-import pandas as pd
 import pytest
 import torch
 from conftest import SENTENCES
-from PIL import Image
 
-from helpers import models, paths, results, runtime
+from helpers import models, runtime
 from helpers.attention import read_attention
 from helpers.models import fast_attention
 from helpers.text import encode
@@ -151,13 +145,6 @@ def test_costs_add_up():
     assert total == runtime.Cost(1.25, 0.75, 4, 2)
 
 
-def test_project_path_ignores_the_working_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert paths.project_path("data/profiles").is_dir()
-    assert paths.project_path(tmp_path / "here") == tmp_path / "here"
-    assert paths.project_path("~/here") == runtime.Path(os.path.expanduser("~/here"))
-
-
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x"])
 def test_device_that_is_not_there_is_named(device):
     with pytest.raises(ValueError, match=f"device '{device}' is not available here; use 'auto' or 'cpu'"):
@@ -172,70 +159,3 @@ def test_cpu_and_auto_are_always_there():
 def test_run_is_described_by_the_versions_that_are_installed():
     line = runtime.describe_run("torch", "numpy")
     assert f"torch {runtime.version('torch')}" in line and "python 3." in line and "\n" not in line
-
-
-def test_figure_is_written_as_png_and_pdf_with_the_same_bytes_each_time(tmp_path):
-    figure, axes = plt.subplots()
-    axes.plot([0, 1])
-    for folder in ("first", "second"):
-        results.save_figure(figure, tmp_path / folder / "deep", "line")
-    plt.close(figure)
-    for name in ("line.png", "line.pdf"):
-        first, second = (tmp_path / folder / "deep" / name for folder in ("first", "second"))
-        assert first.read_bytes() == second.read_bytes()
-    with Image.open(tmp_path / "first" / "deep" / "line.png") as image:
-        assert image.width > 600 and image.convert("L").getextrema() == (0, 255)
-
-
-def test_table_reads_back(tmp_path):
-    table = pd.DataFrame({"comp": [0.123456789, 1.0]}, index=pd.Index(["Grad-SAM", "Random"], name="method"))
-    results.save_table(table, tmp_path / "new", "scores")
-    back = pd.read_csv(tmp_path / "new" / "scores.csv", index_col="method")
-    pd.testing.assert_frame_equal(back, table.round(6))
-
-
-def test_results_read_back(tmp_path):
-    results = {"accuracy": {"movies": 0.86}, "models": ["ä"]}
-    path = results.save_results(results, tmp_path, "01_nlp_shapley")
-    assert path == tmp_path / "results" / "01_nlp_shapley.json"
-    assert json.loads(path.read_text(encoding="utf8")) == results
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_results_that_are_no_number_are_refused_and_leave_the_old_file(tmp_path, bad):
-    path = results.save_results({"accuracy": 0.86}, tmp_path, "numbers")
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        results.save_results({"accuracy": bad}, tmp_path, "numbers")
-    assert json.loads(path.read_text(encoding="utf8")) == {"accuracy": 0.86}
-
-
-def test_records_read_back(tmp_path):
-    records = pd.DataFrame({"text": ["ä", "b"], "token": [0, 1], "score": [0.1, math.nan]}, index=[5, 3])
-    results.save_records(records, tmp_path / "new", "01_scores")
-    back = results.load_records(tmp_path / "new", "01_scores")
-    pd.testing.assert_frame_equal(back, records.reset_index(drop=True))
-
-
-def test_results_made_with_the_expected_parameters_are_loaded(tmp_path):
-    results.save_results({"seed": 0, "n_samples": 8, "accuracy": 0.86}, tmp_path, "01_nlp_shapley")
-    assert results.load_results(tmp_path, "01_nlp_shapley", seed=0, n_samples=8)["accuracy"] == 0.86
-
-
-@pytest.mark.parametrize(
-    ("load", "file"), [("load_results", "02_vit_shapley.json"), ("load_records", "02_scores.parquet")]
-)
-def test_missing_result_names_the_notebook_and_the_command_that_make_it(tmp_path, load, file):
-    with pytest.raises(FileNotFoundError) as caught:
-        getattr(runtime, load)(tmp_path / "run", file.split(".")[0])
-    message = str(caught.value)
-    assert f"{file} is not in run/results; notebook 02_vit_shapley makes it" in message
-    assert "`python -m helpers.pipeline run --only 02_vit_shapley`" in message
-
-
-def test_results_of_other_parameters_name_both_values_and_what_to_run(tmp_path):
-    results.save_results({"seed": 0, "n_samples": 8, "device": "cpu"}, tmp_path, "01_nlp_shapley")
-    with pytest.raises(ValueError) as caught:
-        results.load_results(tmp_path, "01_nlp_shapley", seed=1, device="cpu", model_id="bert")
-    message = str(caught.value)
-    assert "seed 0 and not 1, model_id None and not 'bert'" in message and "device" not in message
-    assert "run 01_nlp_shapley and this notebook with the same parameters" in message

@@ -97,6 +97,7 @@ class RedAtCorner(torch.nn.Module):
             slice(down * PATCH, (down + 1) * PATCH),
             slice(right * PATCH, (right + 1) * PATCH),
         )
+        self.eval()
 
     device = property(lambda self: self.weight.device)
     dtype = property(lambda self: self.weight.dtype)
@@ -479,11 +480,16 @@ def jpeg(size=64):
 
 
 @pytest.mark.parametrize("content", [b"just words", b"", jpeg()[:700], jpeg()[:-400]])
-def test_file_that_is_no_whole_image_is_named(tmp_path, content):
+def test_file_that_is_no_whole_image_is_skipped_with_a_note(tmp_path, content):
     save(tmp_path / "good.png", Image.new("RGB", (8, 8)))
     save(tmp_path / "photo.jpg", content=content)
-    with pytest.raises(ValueError, match=r"'photo\.jpg' is not a whole image .*; replace or remove it"):
-        images.load_images(tmp_path)
+    reason = r"skipped 1 unreadable files \(photo.jpg\): 'photo\.jpg' is not a whole image .*; replace or remove it"
+    with pytest.warns(UserWarning, match=reason):
+        assert list(images.load_images(tmp_path)) == ["good.png"]
+    with pytest.warns(
+        UserWarning, match="photo.jpg"
+    ):  # the one that is asked for is the one that can be read
+        assert [list(images.load_images(tmp_path, 1, seed)) for seed in range(4)] == [["good.png"]] * 4
 
 
 def test_sixteen_bit_image_is_named_and_not_clipped_to_white(tmp_path):
@@ -501,10 +507,16 @@ def test_photo_is_turned_upright(tmp_path):
     assert image.size == (8, 16)
 
 
+def test_folder_is_found_from_the_working_directory_too(tmp_path, monkeypatch):
+    save(tmp_path / "my" / "good.png", Image.new("RGB", (8, 8)))
+    monkeypatch.chdir(tmp_path)
+    assert list(images.load_images("my")) == ["good.png"]
+
+
 def test_missing_and_empty_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="image folder .*nowhere' does not exist"):
+    with pytest.raises(FileNotFoundError, match="folder .*nowhere' does not exist"):
         images.load_images(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no files; put JPEG or PNG images there"):
+    with pytest.raises(ValueError, match="has 0 images and needs at least 1"):
         images.load_images(tmp_path)
 
 
