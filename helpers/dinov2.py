@@ -55,7 +55,7 @@ def read_backbone(onnx_file: bytes) -> dict[str, torch.Tensor]:
         name.removeprefix("backbone."): stored[name] for name in stored if name.startswith("backbone.")
     }
     for node in graph.node:
-        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in stored:
+        if node.op_type == "MatMul" and node.input[1] in stored:
             owner = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             weights[f"{owner}.weight"] = stored[node.input[1]].T.contiguous()
     weights["embeddings.position_embeddings"] = torch.cat([stored[name] for name in POSITIONS], dim=1)
