@@ -1,32 +1,40 @@
-# The two commands of the README, and JupyterLab. Everything is set up on the way: python 3.11, git and make suffice.
+# Everything is set up on the way: python 3.11, git and make suffice.
 PYTHON ?= python3.11
 VENV := .venv
-RUN := $(VENV)/bin/python
+BIN := $(VENV)/bin
 
-.PHONY: figures test report lab benchmark clean
+.PHONY: figures test check lab report benchmark lock clean
 .DEFAULT_GOAL := figures
 
-figures: $(VENV)/ready  ## all notebooks on the default profile, in place
-	$(RUN) -m helpers.pipeline run --profile default
+figures: $(VENV)/ready  ## all notebooks on the default profile, published when all of them are finished
+	$(BIN)/attention run --profile default
 
-test: $(VENV)/ready
-	$(RUN) -m pytest
+test: $(VENV)/ready  ## all tests, on all cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
-report: $(VENV)/ready  ## the executed collection as static pages, in runs/report
-	$(RUN) -m helpers.pipeline report
+check: $(VENV)/ready  ## lint, types and the quick tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
 
 lab: $(VENV)/ready
-	$(VENV)/bin/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks
 
-benchmark: $(VENV)/ready
-	$(RUN) -m pytest tests/benchmark_*.py
+report: $(VENV)/ready  ## the executed collection as static pages, in runs/report
+	$(BIN)/attention report
 
-# environment.yml is the one list of dependencies: its pip part, comments removed, is what pip reads.
-$(VENV)/ready: environment.yml pyproject.toml
+benchmark: $(VENV)/ready  ## the performance claims, measured
+	$(BIN)/python -m pytest tests/benchmark_*.py
+
+lock: $(VENV)/ready  ## the versions installed here become those that everybody gets; torch is pinned in pyproject.toml
+	$(BIN)/python -m pip list --format freeze --exclude-editable | grep -v -E '^(torch|pip|setuptools)==' > constraints.txt
+
+$(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	sed -n 's/^      - \([^#]*[^# ]\) *#.*$$/\1/p' environment.yml > $(VENV)/requirements.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,dev]'
 	touch $@
 
-clean:
-	rm -rf $(VENV) runs data/cache
+clean:  ## what can be made again; gathered images, in data/cache/paper, stay
+	rm -rf $(VENV) runs
+	find data/cache -mindepth 1 -maxdepth 1 ! -name paper -exec rm -rf {} + 2>/dev/null || true

@@ -2,41 +2,25 @@
 
 import hashlib
 import json
-import os
+import shutil
 import tempfile
 import warnings
 import zlib
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from numpy.lib.format import open_memmap
 
 from helpers.models import transformer_blocks
 from helpers.paths import CACHE
 from helpers.runtime import in_batches
 
 ACTIVATIONS = CACHE / "activations"
-HEADER = 1024  # bytes before the rows of a cache file: a safetensors header, filled up with spaces
-DAMAGE = (
-    SafetensorError,
-    OSError,
-    KeyError,
-    TypeError,
-    ValueError,
-)  # what reading a broken safetensors file raises
-
-
-class Part(NamedTuple):
-    """Some images of a set of activations, one layer: image i owns the rows offsets[i] to offsets[i + 1]."""
-
-    rows: np.ndarray  # (rows, hidden), one row a token
-    offsets: np.ndarray  # (images + 1,)
-    images: np.ndarray  # (chosen,) indices
+CHECKSUMS = "checksums.json"  # of the layers, in order
 
 
 @dataclass(frozen=True)
@@ -58,11 +42,11 @@ class Activations:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def part(self, layer: int, images: Sequence[int] | None = None) -> Part:
-        """Return one layer of the chosen images, or of all."""
-        return Part(
-            self.layers[layer], self.offsets, np.arange(len(self)) if images is None else np.asarray(images)
-        )
+
+def pooled(sources: Sequence[Activations], layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return one layer of several sets of images: all rows (rows, hidden), and how many each image has."""
+    rows = np.concatenate([source.layers[layer] for source in sources])
+    return rows, np.concatenate([np.diff(source.offsets) for source in sources])
 
 
 def token_activations(model, inputs) -> dict[int, torch.Tensor]:
@@ -101,9 +85,9 @@ def block_outputs(model, differentiable: bool = False):
 def check_outputs(model, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
     expected = model.config.num_hidden_layers
     if len(outputs) != expected or outputs[0].ndim != 3 or len({output.shape for output in outputs}) > 1:
+        shape = f"{expected} outputs of one shape (batch, tokens, width)"
         raise ValueError(
-            f"the blocks of {type(model).__name__} do not give {expected} outputs of one shape (batch, tokens, width); "
-            "use a BERT-like or ViT-like classifier"
+            f"the blocks of {type(model).__name__} do not give {shape}; use a BERT or ViT classifier"
         )
     return outputs
 
@@ -116,14 +100,13 @@ def collect_activations(
     cache_dir: str | Path = ACTIVATIONS,
     progress: bool = False,
 ) -> Activations:
-    """Encode many inputs once and return the activations of `layers` (all by default), one cache file a
-    layer.
+    """Encode many inputs once and return the activations of `layers`, all by default.
 
     inputs  as for `token_activations`, with any number of rows; batches of `batch_size` go through the model
 
-    Files are keyed by the content of the model and of the inputs, and by the precision; they are written
-    while the batches run, and moved into place when complete. A damaged one is rebuilt, with a warning.
-    Raises ValueError for layers that the model does not have.
+    The cache holds one NumPy file a layer, in a folder that is keyed by the content of the model and of the
+    inputs and by the precision, and moved into place when complete. A damaged one is rebuilt, with a
+    warning. Raises ValueError for layers that the model does not have.
     """
     n_layers = len(transformer_blocks(model))
     layers = list(range(n_layers) if layers is None else layers)
@@ -131,16 +114,14 @@ def collect_activations(
         raise ValueError(f"layers {layers} are not among this model's, 0 to {n_layers - 1}")
     key = model_key(model)
     folder = Path(cache_dir, key, _digest(inputs, getattr(model, "_precision", "float32"))[:16])
-    paths = {layer: folder / f"layer_{layer:02d}.safetensors" for layer in layers}
-    rows = {layer: _open_rows(path) for layer, path in paths.items()}
-    missing = {layer: paths[layer] for layer in layers if rows[layer] is None}
-    if missing:
-        _encode(model, inputs, missing, batch_size, progress)
-        rows |= {layer: _open_rows(path) for layer, path in missing.items()}
+    rows = _open(folder, layers)
+    if not rows:
+        _encode(model, inputs, folder, batch_size, progress)
+        rows = _open(folder, layers)
+    n_inputs = len(input_range(inputs))
     if "attention_mask" in inputs:
         lengths = inputs["attention_mask"].bool().sum(-1).cpu().numpy()
     else:
-        n_inputs = len(next(iter(inputs.values())))
         lengths = np.full(n_inputs, len(rows[layers[0]]) // n_inputs)
     return Activations(rows, np.concatenate([[0], np.cumsum(lengths)]), model_name(model), key, n_layers)
 
@@ -184,71 +165,64 @@ def input_range(inputs) -> range:
     return range(len(next(iter(inputs.values()))))
 
 
-def _encode(model, inputs, paths: dict[int, Path], batch_size: int, progress: bool) -> None:
-    """Write one safetensors file a layer, batch by batch: the float32 tensor "rows" (rows, hidden) and its
-    checksum.
-    """
-    folder = next(iter(paths.values())).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    checksums, n_rows = dict.fromkeys(paths, 0), 0
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, ExitStack() as stack:
-        files = {
-            layer: stack.enter_context(open(Path(scratch, path.name), "wb")) for layer, path in paths.items()
-        }
-        for file in files.values():
-            file.seek(HEADER)
+def _encode(model, inputs, folder: Path, batch_size: int, progress: bool) -> None:
+    """Write the outputs of all blocks, batch by batch, and a checksum of each, then move them to `folder`."""
+    mask = inputs.get("attention_mask")
 
-        def encode(places):
-            """Return the rows of every layer, those of padding left out."""
-            batch = take_rows(model, inputs, places)
-            activations = token_activations(model, batch)
-            real = batch["attention_mask"].bool() if "attention_mask" in batch else ...
-            return {
-                layer: activations[layer][real].flatten(0, -2).float().cpu().contiguous().numpy()
-                for layer in paths
-            }
+    def encode(places):
+        """Return the rows (rows, hidden) of every layer, those of padding left out."""
+        batch = take_rows(model, inputs, places)
+        real = batch["attention_mask"].bool() if "attention_mask" in batch else ...
+        return [
+            part[real].flatten(0, -2).float().cpu().numpy()
+            for part in token_activations(model, batch).values()
+        ]
 
-        for _, layers in in_batches(
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        whole, start = Path(scratch, "whole"), 0
+        files: list[np.ndarray] = []
+        whole.mkdir()
+        for places, layers in in_batches(
             encode, input_range(inputs), batch_size, desc="encode" if progress else None
         ):
-            for layer, file in files.items():
-                rows = layers[layer]
-                checksums[layer] = zlib.crc32(rows, checksums[layer])
-                file.write(rows)
-            n_rows += len(rows)
-        tensor = {
-            "dtype": "F32",
-            "shape": [n_rows, rows.shape[1]],
-            "data_offsets": [0, 4 * n_rows * rows.shape[1]],
-        }
-        for layer, file in files.items():
-            header = json.dumps({"__metadata__": {"crc32": str(checksums[layer])}, "rows": tensor}).encode()
-            file.seek(0)
-            file.write((HEADER - 8).to_bytes(8, "little") + header.ljust(HEADER - 8))
-            file.close()
-            os.replace(file.name, paths[layer])
+            if not files:
+                n_rows = (
+                    int(mask.sum())
+                    if mask is not None
+                    else len(layers[0]) // len(places) * len(input_range(inputs))
+                )
+                shape = n_rows, layers[0].shape[1]
+                files = [
+                    open_memmap(_file(whole, layer), "w+", np.float32, shape) for layer in range(len(layers))
+                ]
+            for file, rows in zip(files, layers, strict=True):
+                file[start : start + len(rows)] = rows
+            start += len(rows)
+        (whole / CHECKSUMS).write_text(json.dumps([zlib.crc32(file.data) for file in files]))
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        whole.replace(folder)
 
 
-def _open_rows(path: Path) -> np.ndarray | None:
-    """Return a cache file's rows as a read-only map, or None where there is no file, or a damaged one."""
-    if not path.exists():
-        return None
+def _file(folder: Path, layer: int) -> Path:
+    return folder / f"layer_{layer:02d}.npy"
+
+
+def _open(folder: Path, layers: Sequence[int]) -> dict[int, np.ndarray]:
+    """Return read-only maps of some layers' cache files, none where any is missing or damaged."""
+    rows, name = {}, CHECKSUMS
+    if not folder.exists():
+        return {}
     try:
-        with safe_open(path, "np") as file:
-            shape, checksum = file.get_slice("rows").get_shape(), int(file.metadata()["crc32"])
-        rows = np.memmap(path, np.float32, "r", HEADER, tuple(shape))
-        if zlib.crc32(rows) == checksum:
-            return rows
-    except DAMAGE:
-        pass
-    warnings.warn(
-        f"the cached activations {path.parent.name}/{path.name} are damaged and are rebuilt", stacklevel=4
-    )
-    return None
-
-
-def gather(parts: Sequence[Part]) -> np.ndarray:
-    """Return the rows (rows, hidden) of the chosen images of all parts, one below the other."""
-    return np.concatenate(
-        [part.rows[part.offsets[image] : part.offsets[image + 1]] for part in parts for image in part.images]
-    )
+        checksums = json.loads((folder / CHECKSUMS).read_text())
+        for layer in layers:
+            name = _file(folder, layer).name
+            rows[layer] = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+            if zlib.crc32(rows[layer].data) != checksums[layer]:
+                raise ValueError("another content than was written")
+        return rows
+    except (OSError, EOFError, ValueError, LookupError):
+        warnings.warn(
+            f"the cached activations {folder.name}/{name} are damaged and are rebuilt", stacklevel=3
+        )
+        return {}

@@ -35,8 +35,7 @@ class AttentionMaps:
 def read_attention(
     model, inputs, target=None, gradients: bool = False, mean_heads: bool = False
 ) -> AttentionMaps:
-    """Run one forward pass, and with `gradients` one backward pass, and return the attention of every layer
-    and head.
+    """Run one forward pass, with `gradients` one backward pass, and return the attention of every head.
 
     inputs      what the model takes: input_ids and attention_mask (batch, tokens), or pixel_values
     target      class to explain: None for the predicted one, a class number, a label name, or a (batch,)
@@ -64,19 +63,17 @@ def read_attention(
         maps = list(output.attentions or ())
         _check_maps(model, maps)
         chosen = resolve_target(model, output.logits, target)
-        slopes = []
+        found = []
         if gradients:
             explained = output.logits.gather(1, chosen[:, None]).sum()
-            slopes = list(torch.autograd.grad(explained * GRADIENT_SCALE, maps))
+            found = list(torch.autograd.grad(explained * GRADIENT_SCALE, maps))
     logits = output.logits.detach()
     del output  # the graph holds the maps; let it go before they are stacked
     weights = _stack(maps)
-    slopes = _stack(slopes).div_(GRADIENT_SCALE) if gradients else None
-    for found, what in ((weights, "attention weights"), (slopes, "gradients of the attention")):
-        if found is not None and not torch.isfinite(found).all():
-            raise ValueError(
-                f"the {what} hold NaN or infinity; check the model's weights, or run it in another precision"
-            )
+    slopes = _stack(found).div_(GRADIENT_SCALE) if gradients else None
+    for values, what in ((weights, "attention weights"), (slopes, "gradients of the attention")):
+        if values is not None and not torch.isfinite(values).all():
+            raise ValueError(f"the {what} hold NaN or infinity; check the model's weights, or its precision")
     real = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
     return AttentionMaps(logits, chosen, weights, slopes, real)
 
@@ -85,15 +82,15 @@ def check_eager(model) -> None:
     """Raise ValueError for a model whose kind of attention returns no weights."""
     if getattr(model.config, "_attn_implementation", "eager") != "eager":
         raise ValueError(
-            f"{type(model).__name__} runs {model.config._attn_implementation} attention, which returns no weights; "
+            f"{type(model).__name__} runs {model.config._attn_implementation} attention, which returns no "
+            f"weights; "
             "load it with attn_implementation='eager', or call model.set_attn_implementation('eager')"
         )
 
 
 @contextmanager
 def record_value_norms(model):
-    """Record, in the enclosed forward pass, how long the vectors are that each head moves: attention weighs
-    only them.
+    """Record in the enclosed pass how long the vectors are that each head moves: attention weighs them.
 
     Yields a list that holds afterwards one tensor (batch, heads, tokens) a layer, ‖v_j W_O‖ of every head's
     values v and output weights W_O. Source: Kobayashi et al. (2020). Raises ValueError for a model without
@@ -143,9 +140,7 @@ def _require_gradient(module, args, output):
 
 
 def _average_heads(module, args, output):
-    """Replace, in what an attention module returns, the weights (batch, heads, tokens, tokens) by their
-    mean.
-    """
+    """Replace the weights (batch, heads, tokens, tokens) that an attention module returns by their mean."""
     if isinstance(output, tuple) and len(output) > 1 and torch.is_tensor(output[1]) and output[1].ndim == 4:
         return (
             output[0],
@@ -165,14 +160,13 @@ def _check_maps(model, maps: list) -> None:
         )
     if len({layer.shape for layer in maps}) > 1 or maps[0].shape[-1] != maps[0].shape[-2]:
         raise ValueError(
-            f"{type(model).__name__} uses windowed or pooled attention; use a BERT-like or ViT-like classifier"
+            f"{type(model).__name__} uses windowed or pooled attention; use a BERT-like or ViT-like "
+            f"classifier"
         )
 
 
 def _stack(layers: list) -> torch.Tensor:
-    """Move a list of (batch, heads, tokens, tokens) into one (batch, layers, heads, tokens, tokens), freeing
-    each.
-    """
+    """Move maps of layers into one tensor (batch, layers, heads, tokens, tokens), freeing each."""
     batch, *rest = layers[0].shape
     stacked = layers[0].new_empty(
         batch, len(layers), *rest, dtype=full_precision(layers[0].dtype), requires_grad=False

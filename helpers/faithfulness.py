@@ -1,5 +1,4 @@
-"""Does the model's decision hang on the tokens that an explanation ranks first? Erase them, or keep only
-them.
+"""Does the decision hang on the tokens that an explanation ranks first? Erase them, or keep only them.
 
 Tokens are those of a text or the patches of an image; both are erased, scored and shared in the same way.
 """
@@ -62,6 +61,7 @@ class ErasureCurves:
     @property
     def insertion_area(self) -> torch.Tensor:
         """Area (..., batch) under the insertion curve; higher is better."""
+        assert self.alone is not None
         return torch.trapezoid(self.alone, torch.tensor(self.ks, device=self.alone.device) / 100)
 
     def scores(self, ks: Sequence[float] = KS) -> ErasureScores:
@@ -71,7 +71,7 @@ class ErasureCurves:
         at = [self.ks.index(k) for k in ks]
         p, divisor = self.probability[:, None], len(ks) + 1
         comprehensiveness = (p - self.without[..., at]).sum(-1) / divisor
-        if self.alone is None:
+        if self.alone is None or self.kept_predictions is None:
             return ErasureScores(comprehensiveness, None, None, self.probability)
         sufficiency = (p - self.alone[..., at]).sum(-1) / divisor
         return ErasureScores(comprehensiveness, sufficiency, self.kept_predictions[..., at], self.probability)
@@ -127,8 +127,7 @@ def erasure_curves(
     progress: bool = False,
     sufficiency: bool = True,
 ) -> ErasureCurves:
-    """Erase the rationale, and all but the rationale, at each k: deletion and insertion curves (Petsiuk et
-    al., 2018).
+    """Erase the rationale, and all else, at each k: deletion and insertion curves (Petsiuk et al., 2018).
 
     inputs         what the model takes: input_ids and attention_mask (batch, tokens), or pixel_values
     attributions   (batch, tokens), or (methods, batch, tokens): then equal erased inputs of all methods are
@@ -207,7 +206,7 @@ def erased_probabilities(
     key = np.concatenate([rows.cpu().numpy()[:, None].astype(np.int64).view(np.uint8), packed], axis=1)
     _, first, inverse = np.unique(key, axis=0, return_index=True, return_inverse=True)
     lengths = real.sum(-1)[rows].cpu().numpy()
-    order = first[np.argsort(-lengths[first], kind="stable")]  # longest first: it bounds its batch
+    order = first[np.argsort(-lengths[first], kind="stable")].tolist()  # longest first: it bounds its batch
     position = np.empty(len(key), dtype=np.int64)
     position[order] = np.arange(len(order))
 
@@ -228,9 +227,7 @@ def erased_probabilities(
 def erase(
     model, inputs, rows: torch.Tensor, keep: torch.Tensor, mask_token_id, operator: str = "mask"
 ) -> dict:
-    """Return the inputs of chosen rows with every token outside `keep` erased, texts cut to the longest of
-    them.
-    """
+    """Return the inputs of chosen rows, what is outside `keep` erased, texts cut to the longest."""
     if "pixel_values" in inputs:
         return erase_patches(model, inputs["pixel_values"][rows], keep, mask_token_id, operator)
     rows = rows.to(inputs["input_ids"].device)
@@ -254,11 +251,12 @@ def erase(
     return erased
 
 
-def check_mask_token(mask_token_id: int | None) -> None:
+def check_mask_token(mask_token_id: int | torch.Tensor | None) -> None:
     """Raise ValueError where there is no token to mask with."""
     if mask_token_id is None:
         raise ValueError(
-            "mask_token_id is None, so there is no token to mask with; give tokenizer.mask_token_id, or where the "
+            "mask_token_id is None, so there is no token to mask with; give tokenizer.mask_token_id, or "
+            "where the "
             "tokenizer has none, erase by another operator: delete, pad or attention_mask"
         )
 

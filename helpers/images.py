@@ -1,6 +1,4 @@
-"""Images in, patches out: read a folder, encode for a ViT, erase patches, bring pixels to patches and
-back.
-"""
+"""Images in, patches out: read folders, encode for a ViT, erase patches, sum pixels over patches."""
 
 import warnings
 from collections.abc import Collection, Sequence
@@ -18,8 +16,7 @@ MIN_IMAGES = 5  # a concept of fewer images is refused
 
 
 def patch_grid(model, size: Sequence[int]) -> tuple[int, int, int]:
-    """Return (prefix tokens, rows, columns) of an image of size (height, width): patches follow the prefix,
-    row by row.
+    """Return (prefix tokens, rows, columns) of an image (height, width); patches follow row by row.
 
     The prefix is counted on the model itself: its classification, distillation and register tokens.
     Raises ValueError where the model has no such tokens or no square patches, or the image does not divide
@@ -45,8 +42,7 @@ def patch_grid(model, size: Sequence[int]) -> tuple[int, int, int]:
 
 
 def patch_players(model, inputs) -> torch.Tensor:
-    """Return bool (batch, tokens): True for each image patch, False for the prefix tokens (cls, distillation,
-    registers).
+    """Return bool (batch, tokens): True for patches, False for the prefix (cls, distillation, registers).
 
     Raises ValueError as `patch_grid` does.
     """
@@ -56,8 +52,7 @@ def patch_players(model, inputs) -> torch.Tensor:
 
 
 def load_images(folder: str | Path, n_images: int | None = None, seed: int = 0) -> dict[str, Image.Image]:
-    """Read the images of a folder and its subfolders, {path below the folder: RGB image}, in order of their
-    paths.
+    """Read the images of a folder and its subfolders, {path below the folder: RGB image}, by path.
 
     `n_images` of them are drawn with `seed`; None, or more than there are, keeps all. Files that are no whole
     image are skipped, with a note. Raises FileNotFoundError for no such folder, ValueError for one without
@@ -76,8 +71,7 @@ def load_image_folder(
     max_images: int | None = None,
     names: Collection[str] | None = None,
 ) -> dict[str, list[Image.Image]]:
-    """Read an ImageFolder tree, folder/<name>/*.jpg, as {name: RGB images}, files in the order of their
-    names.
+    """Read an ImageFolder tree, folder/<name>/*.jpg, as {name: RGB images}, files by name.
 
     max_images  keep the first so many images of each name; None keeps all
     names       read these alone, as far as they are there; None reads every name
@@ -120,9 +114,7 @@ def _files(folder: Path) -> list[Path]:
 def _read_images(
     folder: Path, files: Sequence[Path], at_least: int, at_most: int | None
 ) -> dict[Path, Image.Image]:
-    """Return the first `at_most` images among the files; skip what is none, with a note, unless too few are
-    left.
-    """
+    """Return the first `at_most` images among the files; skip, with a note, what is none."""
     images: dict[Path, Image.Image] = {}
     reasons: dict[str, str] = {}
     for path in files:
@@ -145,9 +137,7 @@ def _read_images(
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read one image file as RGB, upright, transparency on white. Raises ValueError for anything but a whole
-    8-bit image.
-    """
+    """Read one file as RGB, upright, transparency on white. Raises ValueError for no whole 8-bit image."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -165,8 +155,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def encode_images(images: Sequence, processor, model):
-    """Prepare images (PIL, or uint8 arrays of height × width × 3) for `model`: pixel_values (batch, 3,
-    height, width).
+    """Prepare images (PIL, or uint8 height × width × 3) for `model`: pixel_values (batch, 3, height, width).
 
     Raises ValueError for one image in place of a list, no images, arrays of another type, or where the
     processor's size does not divide into the model's patches.
@@ -237,9 +226,7 @@ def replacement_pixels(
 
 
 def sum_over_patches(model, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Sum a value of each pixel (batch, channels, height, width) over patches: (batch, tokens), zero at the
-    prefix.
-    """
+    """Sum pixels' values (batch, channels, height, width) over patches: (batch, tokens), 0 at the prefix."""
     prefix, rows, columns = patch_grid(model, pixel_values.shape[-2:])
     n_pixels = model.config.patch_size**2
     patches = torch.nn.functional.adaptive_avg_pool2d(pixel_values.sum(1), (rows, columns)) * n_pixels
@@ -247,8 +234,7 @@ def sum_over_patches(model, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def patch_maps(model, inputs, values: torch.Tensor) -> torch.Tensor:
-    """Arrange values of tokens (..., batch, tokens) as maps of the image (..., batch, rows, columns), no
-    prefix.
+    """Arrange values of tokens (..., batch, tokens) as maps (..., batch, rows, columns), no prefix.
 
     Raises ValueError where the values are not one a token of these images.
     """

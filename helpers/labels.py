@@ -56,7 +56,8 @@ def align_labels(model, rows, name: str):
         if missing := [label for label in names if label not in numbers]:
             raise ValueError(
                 f"set {name!r} has labels {', '.join(names)}, but the model knows {', '.join(known)}, so "
-                f"{', '.join(missing)} cannot be matched: rename them in the column `label`, name the classes in "
+                f"{', '.join(missing)} cannot be matched: rename them in the column `label`, name the "
+                f"classes in "
                 "id2label of the model's config.json, or choose a model that was trained for this set"
             )
         codes = rows["label"] if "string" in feature.dtype else feature.int2str(list(rows["label"]))
@@ -66,7 +67,8 @@ def align_labels(model, rows, name: str):
     if outside := sorted({label for label in labels if not 0 <= label < len(known)}):
         names = f" ({', '.join(feature.names)})" if isinstance(feature, ClassLabel) else ""
         raise ValueError(
-            f"set {name!r} has labels {outside}{names}, but the model knows {len(known)}: {', '.join(known)}; "
+            f"set {name!r} has labels {outside}{names}, but the model knows {len(known)}: "
+            f"{', '.join(known)}; "
             "choose a model that was trained for this set"
         )
     place = rows.column_names.index("label")

@@ -1,6 +1,4 @@
-"""Does a heatmap point at the thing? Patch attributions against the mask of an object that is known to be
-there.
-"""
+"""Does a heatmap point at the thing? Patch attributions against the mask of a known object."""
 
 from dataclasses import dataclass
 
@@ -33,8 +31,7 @@ class Localisation:
 
 
 def patches_inside(model, inputs, masks, at_least: float = INSIDE) -> torch.Tensor:
-    """Return bool (batch, tokens): True for patches with `at_least` this share inside masks (batch, height,
-    width).
+    """Return bool (batch, tokens): patches with `at_least` this share inside masks (batch, height, width).
 
     Masks may have another size than the encoded images, but must show the same crop.
     """
@@ -61,7 +58,7 @@ def localise(attributions: torch.Tensor, players: torch.Tensor, inside: torch.Te
     inside = inside & players
     chance = inside.sum(-1) / players.sum(-1)
     if ((chance == 0) | (chance == 1)).any():
-        row = ((chance == 0) | (chance == 1)).nonzero()[0].item()
+        row = int(((chance == 0) | (chance == 1)).nonzero()[0])
         raise ValueError(
             f"the mask of image {row} holds {int(inside[row].sum())} of {int(players[row].sum())} patches"
         )

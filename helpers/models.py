@@ -54,8 +54,7 @@ def load_text_classifier(model_id: str = SENTIMENT_MODEL, device: str = "auto", 
 def load_text_classifiers(
     model_ids: Sequence[str], sets: Sequence[str], device: str = "auto", precision: str = "float32"
 ) -> dict:
-    """Return {set: (model, tokenizer)} for one model that serves all sets, or one for each; equal ids load
-    once.
+    """Return {set: (model, tokenizer)} for one model for all sets, or one for each; equal ids load once.
 
     Raises ValueError where their numbers do not fit.
     """
@@ -115,9 +114,7 @@ def _forward_in_half(model, *args, **kwargs):
 
 @contextmanager
 def fast_attention(model):
-    """Run the enclosed passes without attention maps, under PyTorch's fused attention where the model has
-    it.
-    """
+    """Run the enclosed passes under PyTorch's fused attention where the model has it, without maps."""
     before = model.config._attn_implementation
     if getattr(model, "_supports_sdpa", False):
         model.set_attn_implementation("sdpa")
@@ -158,9 +155,7 @@ def check_explainable(model, inputs=None, gradients: bool = False) -> None:
 
 
 def check_players(players: torch.Tensor) -> None:
-    """Raise ValueError for players that are not bool, and for an input that has none (its position is
-    named).
-    """
+    """Raise ValueError for players that are not bool, and name an input that has none."""
     if players.dtype != torch.bool:
         raise ValueError(
             f"players are bool (batch, tokens), not {players.dtype}; see token_players, patch_players"
@@ -173,20 +168,18 @@ def check_players(players: torch.Tensor) -> None:
 
 
 def check_cls_first(tokenizer) -> None:
-    """Raise ValueError for a tokenizer that does not begin with a classification token, which the games start
-    from.
-    """
+    """Raise ValueError for a tokenizer that does not begin with a classification token."""
     first = tokenizer("a")["input_ids"][:1]
     if tokenizer.cls_token_id is None or first != [tokenizer.cls_token_id]:
         raise ValueError(
-            f"{type(tokenizer).__name__} puts no classification token first, so there is no [CLS] whose attention "
+            f"{type(tokenizer).__name__} puts no classification token first, so there is no [CLS] whose "
+            f"attention "
             "could be read; use a model of the BERT kind (BERT, DistilBERT, RoBERTa, ELECTRA)"
         )
 
 
 def transformer_blocks(model) -> list:
-    """Return the model's transformer blocks in order: its one ModuleList that is as long as the configuration
-    says.
+    """Return the transformer blocks in order: the one ModuleList as long as the configuration says.
 
     Raises ValueError where there is none, or more than one.
     """
@@ -236,12 +229,15 @@ def _from_pretrained(loader, folder: str, **options):
         offline = constants.HF_HUB_OFFLINE and not Path(folder).is_dir()  # only the hub's cache was looked at
         if "model.safetensors" in str(error) and not offline:
             raise FileNotFoundError(
-                f"{folder!r} has no model.safetensors; pickled weights are not read here. Where you trust them, "
+                f"{folder!r} has no model.safetensors; pickled weights are not read here. Where you trust "
+                f"them, "
                 f'convert them once: `python -c "from transformers import {loader.__name__} as M; '
-                f"M.from_pretrained({folder!r}).save_pretrained('FOLDER')\"`, and copy its other files there ({error})"
+                f"M.from_pretrained({folder!r}).save_pretrained('FOLDER')\"`, and copy its other files "
+                f"there ({error})"
             ) from error
         raise ConnectionError(
-            f"{folder!r} cannot be loaded; download it where there is a network and pass its local folder: {error}"
+            f"{folder!r} cannot be loaded; download it where there is a network and pass its local folder: "
+            f"{error}"
         ) from error
     finally:
         if bars:
@@ -270,9 +266,7 @@ def _load_model(loader, folder: str, brought: Collection[str] = (), **options):
 
 
 def _load_adapter(folder: str):
-    """Merge a PEFT adapter with its head into its base model; return a plain transformers model and the
-    base's name.
-    """
+    """Merge a PEFT adapter with its head into its base; return a plain model and the base's name."""
     from peft import PeftConfig, PeftModel
 
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
@@ -305,11 +299,7 @@ def resolve_device(device: str = "auto") -> torch.device:
     Raises ValueError for a device that torch does not know or that this machine does not have.
     """
     if device == "auto":
-        return (
-            torch.accelerator.current_accelerator()
-            if torch.accelerator.is_available()
-            else torch.device("cpu")
-        )
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

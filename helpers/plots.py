@@ -12,6 +12,35 @@ from matplotlib.patches import Rectangle
 
 PAGE = 7.2  # inches, the width of a printed page's text
 FAMILY_COLORS = {"attention": "#2c6fbb", "gradient": "#2a8c55", "input": "#c0392b", "none": "#7f7f7f"}
+FAMILIES = {  # what a method needs: attention alone, a gradient, changed inputs, or nothing of the model
+    "attention": (
+        "Shapley-Att-CLS",
+        "Shapley-Att-Mutual",
+        "Shapley-Att-Max-Mutual",
+        "Max-Mutual (published, uniform)",
+        "Max-Mutual (published, kernel)",
+        "Att (received)",
+        "Att (row sum, constant)",
+        "Attention rollout",
+    ),
+    "gradient": (
+        "Shapley-Grad-Att-CLS",
+        "Shapley-Grad-Att-Mutual",
+        "Shapley-Grad-Att-Max-Mutual",
+        "Grad-SAM",
+        "Signed received",
+        "Integrated gradients",
+    ),
+    "input": (
+        "Leave-one-out",
+        "Shapley-Input",
+        "Shapley-Input (sampled)",
+        "SHAP (signed)",
+        "SHAP (absolute)",
+    ),
+    "none": ("Random", "First tokens", "Longest words"),
+}
+FAMILY = {method: family for family, methods in FAMILIES.items() for method in methods}
 CONCEPT_COLORS = {
     "striped": "#0072b2",
     "dotted": "#e69f00",
@@ -23,7 +52,7 @@ CONCEPT_COLORS = {
 }
 SIGNED = "RdBu_r"  # centred on zero: red speaks for the class, blue against it
 UNSIGNED = "viridis"
-STYLE = {
+STYLE: dict = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -75,10 +104,10 @@ def token_strips(
         for row, (method, values) in enumerate(methods.items()):
             top = 1 + row * lines
             axis.text(-0.01 * line, top + 0.5, method, ha="right", va="center", fontsize=6.5)
-            values = np.asarray(values, dtype=float)
-            values = values / (np.abs(values).max() or 1)
-            for token, value, (left, down, width) in zip(tokens, values, layout, strict=True):
-                color = scale.to_rgba(value)
+            shares = np.asarray(values, dtype=float)
+            shares = shares / (np.abs(shares).max() or 1)
+            colors = scale.to_rgba(shares)
+            for token, color, (left, down, width) in zip(tokens, colors, layout, strict=True):
                 axis.add_patch(
                     Rectangle((left, top + down + 0.06), width - 0.15, 0.88, color=color, linewidth=0)
                 )
@@ -115,8 +144,7 @@ def _break_lines(tokens: Sequence[str], line: int) -> list[tuple[float, int, flo
 def method_strips(
     scores: pd.DataFrame, intervals: pd.DataFrame, measure: str, label: str | None = None
 ) -> tuple[plt.Figure, np.ndarray]:
-    """Draw one panel a data set and in it one strip a method: every input a dot, a line at the mean with its
-    interval.
+    """Draw a panel for each set, a strip for each method: inputs as dots, the mean with its interval.
 
     scores     long table with the columns set, method, family and `measure`, one row an input
     intervals  the same without inputs: set, method, family, mean, low, high of `measure`

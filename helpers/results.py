@@ -22,13 +22,18 @@ def results_folder(figures_dir: str | Path, notebook: str) -> Path:
 
 
 def find_results(figures_dir: str | Path, notebook: str, file: str = "results.json") -> Path:
-    """Return the folder of an earlier notebook's results below `figures_dir`, else of the committed ones; say
-    which.
+    """Return the folder of an earlier notebook's results, and say whose they are.
 
-    Raises FileNotFoundError, with the command that makes them, where neither folder holds `file`.
+    Those below `figures_dir` come first, then those of the default run, then the committed ones. Raises
+    FileNotFoundError, with the command that makes them, where none of these holds `file`.
     """
-    here, committed = project_path(figures_dir) / notebook, PROJECT_ROOT / "figures" / notebook
-    for folder, said in ((here, "this run"), (committed, "the committed figures")):
+    places = {
+        "this run": project_path(figures_dir),
+        "the default run": PROJECT_ROOT / "runs" / "default" / "figures",
+        "the committed figures": PROJECT_ROOT / "figures",
+    }
+    for said, figures in places.items():
+        folder = figures / notebook
         if (folder / file).exists():
             print(f"{notebook}: results of {said}")
             return folder
@@ -77,6 +82,7 @@ def load_results(folder: Path, **expected) -> dict:
     if differing:
         found = ", ".join(f"{key} {results.get(key)!r} and not {value!r}" for key, value in differing.items())
         raise ValueError(
-            f"the results of {folder.name} were made with {found}; run it and this notebook with the same parameters"
+            f"the results of {folder.name} were made with {found}; run it and this notebook with the same "
+            f"parameters"
         )
     return results

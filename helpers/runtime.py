@@ -82,8 +82,7 @@ def in_batches(
 
 @contextmanager
 def measure_cost(model: torch.nn.Module):
-    """Measure the enclosed block: wall-clock seconds, and how many inputs went forward and backward through
-    `model`.
+    """Measure the enclosed block: seconds, and how many inputs went forward and backward through `model`.
 
     Yields a Cost, complete when the block ends. A batch of 8 counts as 8 forwards.
     """
@@ -123,8 +122,6 @@ def measure_cost(model: torch.nn.Module):
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    """Tell whether accelerate takes an error for a lack of memory, or it is a form that accelerate does not
-    know.
-    """
+    """Tell whether an error is a lack of memory, by accelerate or in a form that it does not know."""
     known = isinstance(error, MemoryError) or should_reduce_batch_size(error)
     return known or any(part in str(error) for part in ("out of memory", "STATUS_ALLOC_FAILED"))

@@ -1,5 +1,4 @@
-"""Does an explanation depend on what the model has learned? Randomise its weights step by step, and look
-again.
+"""Does an explanation depend on what the model has learned? Randomise its weights, and look again.
 
 Source: Adebayo et al. (2018), Sanity checks for saliency maps.
 """
@@ -41,8 +40,7 @@ def randomisation_cascade(model, seed: int = 0) -> Iterator[tuple[str, torch.nn.
 
 
 def rank_correlations(first: torch.Tensor, second: torch.Tensor, players: torch.Tensor) -> np.ndarray:
-    """Return Spearman's correlation between two attributions (batch, tokens) at the players of each input,
-    (batch,).
+    """Return Spearman's correlation (batch,) of two attributions (batch, tokens) at each input's players.
 
     NaN where an input has fewer than three players, or one of the two ranks nothing there. Before a mean over
     inputs, take the size |ρ| where a reversed order counts as the same one: signs that differ from input to
@@ -58,9 +56,7 @@ def rank_correlations(first: torch.Tensor, second: torch.Tensor, players: torch.
 
 @torch.no_grad()
 def _draw_again(model, module) -> None:
-    """Draw a module's own weights as its model class does, or its plain parameters from a normal
-    distribution.
-    """
+    """Draw a module's own weights as its model class does."""
     own = dict(module.named_parameters(recurse=False))
     for parameter in own.values():
         parameter._is_hf_initialized = False

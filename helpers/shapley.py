@@ -35,16 +35,14 @@ def pairwise_matrix(maps: AttentionMaps, weighting: str = "attention") -> torch.
         return maps.weights.mean((1, 2))
     if maps.gradients is None:
         raise ValueError("weighting 'gradient' needs gradients; call read_attention(..., gradients=True)")
-    layers = zip(
-        maps.weights.unbind(1), maps.gradients.unbind(1), strict=True
-    )  # one layer at a time keeps memory flat
-    return sum((weights * gradients.relu()).mean(1) for weights, gradients in layers) / maps.weights.shape[1]
+    matrix = torch.zeros_like(maps.weights[:, 0, 0])
+    for weights, gradients in zip(maps.weights.unbind(1), maps.gradients.unbind(1), strict=True):
+        matrix += (weights * gradients.relu()).mean(1)  # one layer at a time keeps memory flat
+    return matrix / maps.weights.shape[1]
 
 
 def pair_values(matrix: torch.Tensor, game: str) -> torch.Tensor:
-    """Return w (..., n, n), the value that each pair of players adds in a pairwise game; its diagonal is
-    zero.
-    """
+    """Return w (..., n, n), what each pair of players adds in a pairwise game; its diagonal is zero."""
     check_game(game)
     transposed = matrix.transpose(-1, -2)
     values = matrix + transposed if game == "mutual" else torch.maximum(matrix, transposed)
@@ -75,8 +73,7 @@ def coalition_values(matrix: torch.Tensor, coalitions: torch.Tensor, game: str) 
 
 
 def attention_shapley(matrix: torch.Tensor, players: torch.Tensor, game: str = "cls") -> torch.Tensor:
-    """Return the exact Shapley values of an attention game, (batch, tokens), zero off the players, in
-    O(tokens²).
+    """Return exact Shapley values of an attention game (batch, tokens), 0 off the players, in O(tokens²).
 
     matrix   (batch, tokens, tokens), from `pairwise_matrix`
     players  bool (batch, tokens), the tokens that may be in a coalition
@@ -106,8 +103,7 @@ def attention_shapley(matrix: torch.Tensor, players: torch.Tensor, game: str = "
 
 
 def shapley_attributions(maps: AttentionMaps, players: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the paper's attributions {name: (batch, tokens)} of one batch: six, or without gradients the
-    first three.
+    """Return the paper's attributions {name: (batch, tokens)}: six, or without gradients the first three.
 
     players  bool (batch, tokens), as in `attention_shapley`
     """

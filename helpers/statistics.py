@@ -69,8 +69,7 @@ def paired_tests(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def tied_with_best(scores: pd.DataFrame, higher: bool = True, seed: int = 0) -> list[str]:
-    """Return the best method by its mean, first, and every method whose interval of the difference to it
-    holds zero.
+    """Return the best method by its mean, then those whose interval of the difference to it holds zero.
 
     scores  one line an input, one column a method; `higher` says whether larger means better
     """
@@ -81,13 +80,11 @@ def tied_with_best(scores: pd.DataFrame, higher: bool = True, seed: int = 0) -> 
 
 
 def pareto_front(prices: Sequence[float], scores: Sequence[float]) -> np.ndarray:
-    """Return bool (methods,): True where no other method scores at least as high for at most the price, and
-    differs.
-    """
-    prices, scores = np.asarray(prices, dtype=float), np.asarray(scores, dtype=float)
-    no_worse = (prices[None] <= prices[:, None]) & (scores[None] >= scores[:, None])
-    better = (prices[None] < prices[:, None]) | (scores[None] > scores[:, None])
-    return ~(no_worse & better).any(1)
+    """Return bool (methods,): True where no other scores at least as high for at most the price."""
+    price, score = np.asarray(prices, dtype=float), np.asarray(scores, dtype=float)
+    no_worse = (price[None] <= price[:, None]) & (score[None] >= score[:, None])
+    better = (price[None] < price[:, None]) | (score[None] > score[:, None])
+    return np.asarray(~(no_worse & better).any(1))
 
 
 def rank_agreement(attributions: pd.DataFrame, inputs) -> pd.DataFrame:
@@ -134,8 +131,7 @@ def t_test(scores, null: float = 0.5) -> TTest:
 
 
 def empirical_p_values(scores, null_scores, center: float = 0.5) -> np.ndarray:
-    """Return two-sided p-values (...) of scores against those of random CAVs: (1 + number as extreme) / (1 +
-    n).
+    """Return two-sided p-values (...) against scores of random CAVs: (1 + number as extreme) / (1 + n).
 
     scores       (...) TTCAV scores of one draw, or means over draws, whose p-values then err on the high side
     null_scores  (..., n) scores of CAVs that tell random images from other random images, same layer and
@@ -157,9 +153,7 @@ def empirical_p_values(scores, null_scores, center: float = 0.5) -> np.ndarray:
 
 
 def benjamini_hochberg(p_values) -> np.ndarray:
-    """Return the p-values adjusted for the false discovery rate over all entries together, in their own
-    shape.
-    """
+    """Return the p-values adjusted for the false discovery rate over all entries together."""
     p_values = np.asarray(p_values, dtype=np.float64)
     return stats.false_discovery_control(p_values.ravel()).reshape(p_values.shape)
 
@@ -167,8 +161,7 @@ def benjamini_hochberg(p_values) -> np.ndarray:
 def bootstrap_interval(
     positive, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the percentile interval (low, high), each (...), of the mean TTCAV score over images and CAV
-    draws.
+    """Return the percentile interval (low, high), each (...), of the mean TTCAV score.
 
     positive  bool (..., images, draws), whether the image's score is positive for that CAV
 
@@ -199,5 +192,6 @@ def _check_finite(scores: pd.DataFrame) -> None:
     if bad.any():
         column = scores.columns[bad.any(0)][0]
         raise ValueError(
-            f"{bad.any(1).sum()} inputs have no finite score of {column!r}; leave out these inputs, or that column"
+            f"{bad.any(1).sum()} inputs have no finite score of {column!r}; leave out these inputs, or that "
+            f"column"
         )

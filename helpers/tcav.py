@@ -1,6 +1,7 @@
-"""Method 2: token-level TCAV with attention. Gradients at every block, CAVs, weighted derivatives, scores.
+"""Method 2: token-level TCAV with attention. Gradients at every block, one CAV, weighted derivatives, scores.
 
 Source: Kim et al. (2018), TCAV; Eggen, Lysnæs-Larsen and Strümke (2025), section 4, for tokens and attention.
+Many CAVs at once are in `directions` and `cavs`.
 """
 
 import warnings
@@ -14,20 +15,22 @@ from sklearn.linear_model import LogisticRegression
 from helpers.activations import block_outputs, check_outputs
 from helpers.attention import GRADIENT_SCALE, check_eager
 from helpers.labels import find_class, resolve_target
-from helpers.models import full_precision
+from helpers.models import check_explainable, full_precision
 
 KINDS = ("logistic", "pattern", "fisher", "mean_difference")
+ALIKE = "positive and negative rows are alike, so no direction separates them; use other images"
+NOT_FINITE = "the activations hold NaN or infinity; check the model's weights and dtype"
 
 
 def token_gradients(model, inputs, target=None) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
-    """Return ({layer: (batch, tokens, hidden)}, {layer: (batch, tokens)}): ∂y/∂f_l, and the cls attention of
-    layer l.
+    """Return {layer: ∂y/∂f_l (batch, tokens, hidden)} and {layer: cls attention of layer l (batch, tokens)}.
 
     y is the logit of `target`: a class number, a label (see `find_class`), a (batch,) tensor, or None for
-    the predicted class. The cls attention is the mean over heads of the cls row of A[l]. One forward and one
-    backward pass; padding has no gradient and no attention. Raises ValueError for an unknown target, a model
-    without eager attention, or gradients that are not finite.
+    the predicted class. The cls attention is the mean over heads of the cls row of A[l]. One forward and
+    one backward pass; padding has no gradient and no attention. Raises ValueError for an unknown target, a
+    model without eager attention, or gradients that are not finite.
     """
+    check_explainable(model, inputs, gradients=True)
     check_eager(model)
     target = find_class(model, target) if isinstance(target, str) else target
     with torch.enable_grad(), block_outputs(model, differentiable=True) as outputs:
@@ -36,47 +39,95 @@ def token_gradients(model, inputs, target=None) -> tuple[dict[int, torch.Tensor]
         explained = result.logits.gather(1, chosen[:, None]).sum()
         gradients = torch.autograd.grad(explained * GRADIENT_SCALE, check_outputs(model, outputs))
     if len(maps) != len(gradients) or any(layer is None or layer.ndim != 4 for layer in maps):
-        raise ValueError(
-            f"{type(model).__name__} returned {len(maps)} attention maps for {len(gradients)} blocks"
-        )
+        name = type(model).__name__
+        raise ValueError(f"{name} returned {len(maps)} attention maps for {len(gradients)} blocks")
     if not all(torch.isfinite(gradient).all() for gradient in gradients):
         raise ValueError(
-            "the gradients hold NaN or infinity; check the model's weights, or run it in another precision"
+            "the gradients hold NaN or infinity; check the model's weights, or use another precision"
         )
-    gradients = (gradient / GRADIENT_SCALE for gradient in gradients)
-    rows = (weights[:, :, 0].detach() for weights in maps)
-    return dict(enumerate(gradients)), {
-        i: row.mean(1, dtype=full_precision(row.dtype)) for i, row in enumerate(rows)
-    }
+    rows = [weights[:, :, 0].detach() for weights in maps]
+    attention = [row.mean(1, dtype=full_precision(row.dtype)) for row in rows]
+    return dict(enumerate(part / GRADIENT_SCALE for part in gradients)), dict(enumerate(attention))
 
 
 def fit_cav(positive, negative, seed: int = 0, kind: str = "logistic") -> torch.Tensor:
-    """Return the CAV (hidden,): the unit vector that points from `negative` to `positive` rows, each (rows,
-    hidden).
+    """Return the CAV (hidden,): the unit vector from `negative` to `positive` rows, each (rows, hidden).
 
-    `kind` is one of "logistic" (the paper's), "pattern", "fisher" and "mean_difference"; see `fit_direction`,
-    also for the errors. Tensors or arrays go in, a tensor on the CPU comes out.
+    Tensors or arrays go in, a tensor on the CPU comes out. See `fit_direction` for the kinds and the errors.
     """
-    copied = [side if isinstance(side, torch.Tensor) else np.array(side) for side in (positive, negative)]
-    rows = [torch.as_tensor(side).detach().cpu() for side in copied]  # a cache file's rows are read-only
-    dtype = torch.float64 if torch.float64 in (rows[0].dtype, rows[1].dtype) else torch.float32
-    return torch.from_numpy(fit_direction(*(side.to(dtype).numpy() for side in rows), kind, seed)[0])
+    sides = []
+    for side in (positive, negative):
+        side = side if torch.is_tensor(side) else np.array(side)  # copied, for rows of a cache are read-only
+        sides.append(torch.as_tensor(side).detach().cpu())
+    dtype = torch.float64 if torch.float64 in (sides[0].dtype, sides[1].dtype) else torch.float32
+    rows = [side.to(dtype).numpy() for side in sides]
+    return torch.from_numpy(fit_direction(rows[0], rows[1], kind, seed)[0])
 
 
-def attention_weighted_derivatives(gradients, cls_attention, cavs) -> torch.Tensor:
-    """Return d (batch, tokens, n_cavs): d_t = a_t · s_t · ‖a‖/‖s‖, with s_t = ∂y/∂f_t · cav.
+def fit_direction(
+    positive: np.ndarray, negative: np.ndarray, kind: str = "logistic", seed: int = 0
+) -> tuple[np.ndarray, float]:
+    """Return the unit vector (hidden,) from `negative` to `positive` rows, and the threshold between them.
 
-    gradients      (batch, tokens, hidden) ∂y/∂f of one layer
-    cls_attention  (batch, tokens) a, of the same layer
-    cavs           (n_cavs, hidden)
+    positive, negative  (rows, hidden)
+    kind                "logistic": coefficients of a logistic regression, L2 penalty with C = 1; the paper's
+                        "pattern": covariance of all rows times those coefficients (Haufe et al., 2014)
+                        "fisher": inverse covariance within the sides times the difference of their means
+                        "mean_difference": also what regressing rows on labels gives (Pahde et al., 2024)
+    seed                for solvers that shuffle rows; Newton's method, used here, draws nothing
 
-    Where s is zero, so is d. s is divided by its largest entry first, so that norms of tiny gradients do not
-    vanish.
+    Rows are centred first: the intercept carries no penalty, so the optimum stays where it was, and single
+    precision suffices. Raises ValueError for an unknown kind, and for rows that do not fit together, hold
+    NaN or infinity, or are alike on both sides.
     """
-    s = plain_derivatives(gradients, cavs)
-    s = s / _nonzero(s.abs().amax(1, keepdim=True))
-    a = cls_attention.to(s)[..., None]
-    return a * s * (a.norm(dim=1, keepdim=True) / _nonzero(s.norm(dim=1, keepdim=True)))
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
+    shapes = [np.shape(side) for side in (positive, negative)]
+    if not all(len(shape) == 2 for shape in shapes) or shapes[0][1] != shapes[1][1]:
+        raise ValueError(f"positive {shapes[0]} and negative {shapes[1]} must both be (rows, hidden)")
+    if not len(positive) or not len(negative):
+        raise ValueError(
+            f"a CAV needs rows on both sides, not {len(positive)} positive, {len(negative)} negative"
+        )
+    rows = np.concatenate([positive, negative])
+    center, is_positive = rows.mean(0), np.arange(len(rows)) < len(positive)
+    if not np.isfinite(center).all():
+        raise ValueError(NOT_FINITE)
+    rows -= center
+    means = np.stack([rows[is_positive].mean(0), rows[~is_positive].mean(0)])
+    if kind == "mean_difference":
+        direction = means[0] - means[1]
+    elif kind == "fisher":
+        rows -= means[1 - is_positive.astype(int)]
+        within = (rows.T @ rows).astype(np.float64)
+        shrinkage = 1e-4 * np.trace(within) / len(within) or 1  # a little, for few rows
+        direction = solve(within + shrinkage * np.eye(len(within)), means[0] - means[1], assume_a="pos")
+    else:
+        direction, intercept = _fit_logistic(rows, is_positive, seed)
+        if kind == "pattern":
+            direction = (rows @ direction) @ rows
+    norm = np.linalg.norm(direction)
+    if norm == 0:
+        raise ValueError(ALIKE)
+    threshold = -intercept if kind == "logistic" else means.mean(0) @ direction
+    unit = (direction / norm).astype(rows.dtype)
+    return unit, float(threshold / norm + center @ unit)
+
+
+def _fit_logistic(rows: np.ndarray, is_positive: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
+    """Return coefficients (hidden,) and intercept, after 3 to 13 Newton steps where lbfgs takes hundreds.
+
+    The default tolerance, 1e-4, can stop 15 degrees short of the optimum where a concept separates perfectly.
+    """
+    regression = LogisticRegression(solver="newton-cholesky", tol=1e-6, random_state=seed)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ConvergenceWarning)
+            warnings.simplefilter("error", LinAlgWarning)
+            regression.fit(rows, is_positive)
+    except (ConvergenceWarning, LinAlgWarning):
+        regression.fit(rows.astype(np.float64), is_positive)  # single precision was too coarse
+    return regression.coef_[0], regression.intercept_[0]
 
 
 def plain_derivatives(gradients, cavs) -> torch.Tensor:
@@ -90,9 +141,26 @@ def cls_derivatives(gradients, cavs) -> torch.Tensor:
     return torch.nn.functional.pad(at_cls, (0, 0, 0, gradients.shape[1] - 1))
 
 
+def attention_weighted_derivatives(gradients, cls_attention, cavs) -> torch.Tensor:
+    """Return d (batch, tokens, n_cavs): d_t = a_t · s_t · ‖a‖/‖s‖, with s_t = ∂y/∂f_t · cav.
+
+    gradients      (batch, tokens, hidden) ∂y/∂f of one layer
+    cls_attention  (batch, tokens) a, of the same layer
+    cavs           (n_cavs, hidden)
+
+    Where s is zero, so is d. s is divided by its largest entry first, so that norms of tiny gradients do
+    not vanish.
+    """
+    s = plain_derivatives(gradients, cavs)
+    s = s / _nonzero(s.abs().amax(1, keepdim=True))
+    a = cls_attention.to(s)[..., None]
+    return a * s * (a.norm(dim=1, keepdim=True) / _nonzero(s.norm(dim=1, keepdim=True)))
+
+
 def ttcav_scores(derivatives) -> torch.Tensor:
-    """Return (n_cavs,) the share of images whose mean over tokens of derivatives (batch, tokens, n_cavs) is
-    positive.
+    """Return (n_cavs,): the share of images whose mean derivative over tokens is positive.
+
+    derivatives  (batch, tokens, n_cavs)
 
     Padding adds zeros, which change no sign. A mean of exactly zero is not positive. Raises ValueError
     without images.
@@ -104,94 +172,3 @@ def ttcav_scores(derivatives) -> torch.Tensor:
 
 def _nonzero(norm: torch.Tensor) -> torch.Tensor:
     return norm.masked_fill(norm == 0, 1)
-
-
-def fit_direction(
-    positive: np.ndarray,
-    negative: np.ndarray,
-    kind: str = "logistic",
-    seed: int = 0,
-    regression: LogisticRegression | None = None,
-) -> tuple[np.ndarray, float]:
-    """Return the unit vector (hidden,) from negative to positive rows, and the threshold between them along
-    it.
-
-    positive, negative  (rows, hidden)
-    kind                "logistic": coefficients of a logistic regression, L2 penalty with C = 1, as in the
-                        paper "pattern": covariance of all rows times those coefficients (Haufe et al., 2014)
-                        "fisher": inverse covariance within the classes times the difference of their means
-                        "mean_difference": also what regressing the rows on the label gives (Pahde et al.,
-                        2024)
-    seed                for solvers that shuffle rows; Newton's method, used here, draws nothing
-    regression          that of an earlier call, from `new_regression`, whose solution is near this one: saves
-                        steps
-
-    Rows are centred first: the intercept carries no penalty, so the optimum stays where it was, and the
-    Hessian becomes well conditioned enough for single precision. Raises ValueError for an unknown kind, and
-    for rows that do not fit together, hold NaN or infinity, or are alike on both sides.
-    """
-    _check_rows(positive, negative, kind)
-    rows = np.concatenate([positive, negative])
-    is_positive = np.arange(len(rows)) < len(positive)
-    center = rows.mean(0)
-    if not np.isfinite(center).all():
-        raise ValueError("the activations hold NaN or infinity; check the model's weights and dtype")
-    rows -= center
-    means = np.stack([rows[: len(positive)].mean(0), rows[len(positive) :].mean(0)])
-    if kind in ("logistic", "pattern"):
-        direction, intercept = _fit_logistic(rows, is_positive, regression or new_regression(seed))
-    if kind == "pattern":
-        direction = (rows @ direction) @ rows
-    elif kind == "mean_difference":
-        direction = means[0] - means[1]
-    elif kind == "fisher":
-        rows -= means[1 - is_positive.astype(int)]
-        within = (rows.T @ rows).astype(np.float64)
-        within += (1e-4 * np.trace(within) / len(within) or 1) * np.eye(
-            len(within)
-        )  # a little shrinkage, for few rows
-        direction = solve(within, means[0] - means[1], assume_a="pos")
-    norm = np.linalg.norm(direction)
-    if norm == 0:
-        raise ValueError(
-            "positive and negative rows are alike, so no direction separates them; use other images"
-        )
-    threshold = -intercept if kind == "logistic" else means.mean(0) @ direction
-    unit = (direction / norm).astype(rows.dtype)
-    return unit, float(threshold / norm + center @ unit)
-
-
-def _check_rows(positive: np.ndarray, negative: np.ndarray, kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
-    if np.ndim(positive) != 2 or np.ndim(negative) != 2 or positive.shape[1] != negative.shape[1]:
-        raise ValueError(
-            f"positive {np.shape(positive)} and negative {np.shape(negative)} must both be (rows, hidden)"
-        )
-    if not len(positive) or not len(negative):
-        raise ValueError(
-            f"a CAV needs rows on both sides, not {len(positive)} positive and {len(negative)} negative"
-        )
-
-
-def new_regression(seed: int = 0) -> LogisticRegression:
-    """Return a logistic regression for many rows and few columns: 3 to 13 Newton steps where lbfgs takes
-    hundreds.
-
-    The default tolerance, 1e-4, can stop 15 degrees short of the optimum where a concept separates perfectly.
-    """
-    return LogisticRegression(solver="newton-cholesky", tol=1e-6, warm_start=True, random_state=seed)
-
-
-def _fit_logistic(
-    rows: np.ndarray, is_positive: np.ndarray, regression: LogisticRegression
-) -> tuple[np.ndarray, float]:
-    """Return coefficients (hidden,) and intercept."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", ConvergenceWarning)
-            warnings.simplefilter("error", LinAlgWarning)
-            regression.fit(rows, is_positive)
-    except (ConvergenceWarning, LinAlgWarning):
-        regression.fit(rows.astype(np.float64), is_positive)  # single precision was too coarse
-    return regression.coef_[0], regression.intercept_[0]

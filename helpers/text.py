@@ -40,20 +40,16 @@ def encode(texts: Sequence[str], tokenizer, model):
 
 
 def max_tokens(model) -> int:
-    """Return how many tokens a text model has positions for (RoBERTa keeps two of its positions for
-    padding).
-    """
+    """Return how many tokens a text model has positions for (RoBERTa keeps two for padding)."""
     config = model.config
     reserved = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
     return config.max_position_embeddings - reserved
 
 
 def token_players(inputs, tokenizer) -> torch.Tensor:
-    """Return bool (batch, tokens): True for each token that is neither special nor padding. [UNK] and [MASK]
-    play.
-    """
-    frame = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
-    frame = torch.tensor(sorted(frame - {None}), device=inputs["input_ids"].device)
+    """Return bool (batch, tokens): False for special tokens and padding. [UNK] and [MASK] play."""
+    special = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    frame = torch.tensor(sorted(special - {None}), device=inputs["input_ids"].device)
     return inputs["attention_mask"].bool() & ~torch.isin(inputs["input_ids"], frame)
 
 

@@ -23,7 +23,7 @@ from traitlets.config import Config
 from helpers.paths import PROJECT_ROOT
 
 TEMPLATES = Path(__file__).with_name("templates")
-MARK = '<meta name="generator" content="helpers.report">'  # on the index page: a folder that has it may be replaced
+MARK = '<meta name="generator" content="report.render">'  # a folder whose index has it may be replaced
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]  # no scripts
 PICTURES = {
     "enabled": True,
@@ -68,7 +68,7 @@ def _read_executed(source: Path) -> dict:
     if not paths:
         raise FileNotFoundError(
             f"{source / 'notebooks'} holds no notebooks; name the project folder, or the --output of a "
-            "`python -m helpers.pipeline run`"
+            "`attention run`"
         )
     notebooks = {path.stem: nbformat.read(path, as_version=4) for path in paths}
     for name, notebook in notebooks.items():
@@ -78,8 +78,7 @@ def _read_executed(source: Path) -> dict:
         code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
         if not _error(notebook) and any(cell.execution_count is None for cell in code):
             raise ValueError(
-                f"notebook {name} has not been executed; run `make figures`, or `python -m helpers.pipeline run` for "
-                "the edition of another run"
+                f"notebook {name} has not been executed; run `make figures`, or for another run `attention run`"
             )
     return notebooks
 

@@ -119,15 +119,18 @@ def test_a_draw_costs_a_twentieth_of_the_loops_and_scores_the_same(study, benchm
     times = sum(a_draw.values()) / mine
     shared = (a_draw["encode"] / len(cavs.layers) + a_draw["fit"]) / mine
     print(
-        f"\n{describe_run('torch', 'scikit-learn')}, {joblib.cpu_count()} cores, load {psutil.getloadavg()[0]:.1f}"
+        f"\n{describe_run('torch', 'scikit-learn')}, {joblib.cpu_count()} cores, load "
+        f"{psutil.getloadavg()[0]:.1f}"
     )
     print("loop, seconds a draw:", {name: round(value, 2) for name, value in a_draw.items()})
     print(f"ours, seconds for {N_DRAWS} draws:", {name: round(value, 2) for name, value in seconds.items()})
     print(
-        f"{mine:.3f} s a draw, {times:.1f} times faster; {shared:.1f} times, if the loop shared passes among layers"
+        f"{mine:.3f} s a draw, {times:.1f} times faster; {shared:.1f} times, if the loop shared passes "
+        f"among layers"
     )
     print(
-        f"CPU seconds a draw: loop {(cpu[1] - cpu[0]) / LOOP_DRAWS:.2f}, ours {(cpu[2] - cpu[1]) / N_DRAWS:.3f}"
+        f"CPU seconds a draw: loop {(cpu[1] - cpu[0]) / LOOP_DRAWS:.2f}, ours "
+        f"{(cpu[2] - cpu[1]) / N_DRAWS:.3f}"
     )
     print(f"scores differ by at most {difference.max():.3f}, {difference.mean():.4f} in the mean")
     benchmark.extra_info.update(times_faster=times, largest_difference=float(difference.max()))

@@ -283,7 +283,8 @@ def test_attributions_are_at_least_100_times_faster_than_sentence_by_sentence(
     ratio = seconds / best["attributions"]
     benchmark.extra_info["ratio"] = ratio
     say(
-        f"attributions of {len(ROWS)} rows: {seconds:.1f} s sentence by sentence, {best['attributions']:.3f} s ours:"
+        f"attributions of {len(ROWS)} rows: {seconds:.1f} s sentence by sentence, "
+        f"{best['attributions']:.3f} s ours:"
         f" {ratio:.0f} times"
     )
     assert ratio >= 100
@@ -299,8 +300,10 @@ def test_attributions_with_scores_are_at_least_12_times_faster_and_the_same(
     clear = torch.cat([without_ties(*found) for found in our_attributions(texts, *classifier)], -1)
     difference = (scores - expected).abs().amax(0)[clear]
     say(
-        f"attributions and erasure scores of {len(ROWS)} rows: {seconds + erasure:.1f} s sentence by sentence,"
-        f" {best['scores']:.2f} s ours: {ratio:.0f} times; the {clear.sum()} of {clear.numel()} scores without ties"
+        f"attributions and erasure scores of {len(ROWS)} rows: {seconds + erasure:.1f} s sentence by "
+        f"sentence,"
+        f" {best['scores']:.2f} s ours: {ratio:.0f} times; the {clear.sum()} of {clear.numel()} scores "
+        f"without ties"
         f" differ by {difference.max():.0e} at most"
     )
     assert clear[ROWS.index("row sum")].sum() == 0 and clear.float().mean() > 0.85

@@ -80,7 +80,8 @@ def test_six_games_add_at_most_15_percent_to_forward_and_backward(model, inputs,
     floor, ours = (min(column) for column in zip(*rounds, strict=True))
     with capsys.disabled():
         print(
-            f"\nViT-Base, batch {BATCH}: forward and backward {floor:.2f} s of CPU time, with the six games {ours:.2f} s: "
+            f"\nViT-Base, batch {BATCH}: forward and backward {floor:.2f} s of CPU time, with the six games "
+            f"{ours:.2f} s: "
             f"{100 * (ours / floor - 1):.1f} % more (best of {ROUNDS} rounds in turn)"
         )
     assert ours <= 1.15 * floor
@@ -91,8 +92,10 @@ def test_attention_maps_are_kept_once(model, inputs, capsys):
     peak, kept = memory(explained, model, inputs)
     with capsys.disabled():
         print(
-            f"\nall maps of a batch {STACK / 2**20:.0f} MiB; peak of tensors {bare_peak / 2**20:.0f} MiB bare, "
-            f"{peak / 2**20:.0f} MiB with six games; kept {kept / STACK:.2f} × the maps (attention and gradients)"
+            f"\nall maps of a batch {STACK / 2**20:.0f} MiB; peak of tensors {bare_peak / 2**20:.0f} MiB "
+            f"bare, "
+            f"{peak / 2**20:.0f} MiB with six games; kept {kept / STACK:.2f} × the maps (attention and "
+            f"gradients)"
         )
     assert kept < 2.05 * STACK
     assert peak < bare_peak + 1.5 * STACK  # the gradients, and the maps' stack while it is being filled

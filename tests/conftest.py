@@ -24,6 +24,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from helpers.text import encode
+
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # for tiny tensors, threads cost more than they give
 settings.register_profile("repository", deadline=None, max_examples=12, derandomize=True, database=None)
@@ -125,3 +127,24 @@ def image_model():
     )
     model = ViTForImageClassification._from_config(config, attn_implementation="eager")
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(params=("bert", "deit", "dinov2", "distilbert", "electra", "roberta", "vit"))
+def classifier(request, tokenizer, roberta_tokenizer):
+    """Each architecture in turn: (model, two or three inputs of one length or padded, its blocks)."""
+    from image_models import BLOCKS, IMAGE_MODELS, build_image_classifier, pixels
+
+    if request.param in IMAGE_MODELS:
+        model, inputs = build_image_classifier(request.param), pixels(2)
+    else:
+        chosen = roberta_tokenizer if request.param == "roberta" else tokenizer
+        model = build_text_classifier(request.param, len(chosen))
+        inputs = encode(SENTENCES, chosen, model)
+    return model, inputs, model.get_submodule(BLOCKS[request.param])
+
+
+@pytest.fixture
+def vit():
+    from image_models import build_image_classifier
+
+    return build_image_classifier("vit")

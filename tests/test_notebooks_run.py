@@ -12,19 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.pipeline import FIGURES, NOTEBOOKS, notebook_names, plan_run, run_notebook
+from workflow.execute import complete_notebook
+from workflow.parameters import NOTEBOOKS, ROOT, notebook_names, plan_run
+
+FIGURES = ROOT / "figures"
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("notebooks")]  # they read from each other
 
 
 def fingerprint():
-    """Hashes of the collection's own notebooks and figures; a folder of a run that is under way does not
-    count.
-    """
+    """Hashes of the collection's own notebooks and figures."""
     files = [path for folder in (NOTEBOOKS, FIGURES) for path in folder.rglob("*") if path.is_file()]
-    return {
-        path: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-        if not any(part.startswith(".running") for part in path.parts)
-    }
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +40,10 @@ def before():
 def finished(request, output, before):
     """Each notebook in running order: (name, executed notebook, its results, folder of figures)."""
     parameters = plan_run("smoke", only=[request.param])[request.param]
-    executed = nbformat.read(run_notebook(request.param, parameters, output), as_version=4)
-    results = json.loads(
-        (output / "figures" / "results" / f"{request.param}.json").read_text(encoding="utf8")
-    )
-    return request.param, executed, results, output / "figures"
+    complete_notebook(request.param, parameters, output)
+    executed = nbformat.read(output / "notebooks" / f"{request.param}.ipynb", as_version=4)
+    figures = output / "figures" / request.param
+    return request.param, executed, json.loads((figures / "results.json").read_text(encoding="utf8")), figures
 
 
 def numbers(part):
@@ -104,7 +101,7 @@ def check_tcav(results):
     assert all(0 <= score <= 1 for score in numbers(results["ttcav"]) + numbers(results["auc"]))
     for target in results[
         "ttcav"
-    ].values():  # in the last block only [CLS] has a gradient, so the weights do not matter
+    ].values():  # in the last block only [CLS] has a gradient: any weight will do
         for concept, scores in target["attention"].items():
             assert scores[-1] == target["plain"][concept][-1] == target["cls"][concept][-1]
 
@@ -147,10 +144,10 @@ def test_results_are_finite_numbers_that_keep_their_invariants(finished):
 
 
 def test_every_figure_is_there_for_reading_and_print_and_is_not_blank(finished):
-    name, executed, _, figures = finished
+    _, executed, _, figures = finished
     source = "\n".join(cell.source for cell in executed.cells if cell.cell_type == "code")
     named = set(re.findall(r'save_figure\(.*?figures, "(\w+)"\)', source))
-    found = {path.stem for path in figures.glob(f"{name[:2]}_*.png")}
+    found = {path.stem for path in figures.glob("*.png")}
     assert named and named <= found
     for figure in found:
         with Image.open(figures / f"{figure}.png") as image:

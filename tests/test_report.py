@@ -17,8 +17,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 
 from helpers.paths import PROJECT_ROOT
-from helpers.pipeline import NOTEBOOKS, notebook_names
 from report.render import render
+from workflow.parameters import NOTEBOOKS, notebook_names
 
 BROWSER = next(
     filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome", "chrome"])), None
@@ -31,9 +31,11 @@ PROBE = """<script>addEventListener("load", () => {
     width: innerWidth,
     pictures: document.images.length,
     missing: [...document.images].filter(image => !image.naturalWidth).map(image => image.src),
-    squeezed: [...document.querySelectorAll("figure img")].filter(i => i.width < Math.min(i.naturalWidth, 600)).length,
+    squeezed: [...document.querySelectorAll("figure img")]
+      .filter(image => image.width < Math.min(image.naturalWidth, 600)).length,
     formulas: document.querySelectorAll("math").length,
-    flat: [...document.querySelectorAll("math")].filter(formula => !formula.getBoundingClientRect().width).length,
+    flat: [...document.querySelectorAll("math")]
+      .filter(formula => !formula.getBoundingClientRect().width).length,
     loaded: performance.getEntriesByType("resource").map(entry => entry.name),
     code: inputs(),
   };
@@ -43,7 +45,8 @@ PROBE = """<script>addEventListener("load", () => {
   parent.postMessage(seen, "*");
 });</script>"""
 FRAMES = """<!DOCTYPE html><meta charset="utf-8"><script>
-addEventListener("message", event => document.getElementById("seen").append(JSON.stringify(event.data) + "\\n"));
+addEventListener("message",
+  event => document.getElementById("seen").append(JSON.stringify(event.data) + "\\n"));
 </script><pre id="seen"></pre>"""
 
 
@@ -245,7 +248,8 @@ def test_links_lead_into_the_edition_or_become_text(tmp_path):
     Image.new("RGB", (2, 2)).save(source / "figures" / "near.png")
     text = (
         "[other](02_other.ipynb#Its-heading), `02_other`, `01_first`, [table](../figures/a%20b.csv), "
-        "[gone](gone.ipynb), [web](https://example.org/x.ipynb), [here](#My-part), [secret](../../secret.txt), "
+        "[gone](gone.ipynb), [web](https://example.org/x.ipynb), [here](#My-part), "
+        "[secret](../../secret.txt), "
         "![lost](lost.png), ![far](https://example.org/far.png), ![near](../figures/near.png)\n\n## My part"
     )
     write(source, _01_first=[new_markdown_cell(text)], _02_other=[new_markdown_cell("## Its heading")])
@@ -266,7 +270,7 @@ def test_links_lead_into_the_edition_or_become_text(tmp_path):
     ]
     assert (target / "files" / "figures" / "near.png").is_file()
     assert (target / "files" / "figures" / "a b.csv").read_text() == "1,2"
-    assert not [path for path in target.rglob("*secret*")]
+    assert not list(target.rglob("*secret*"))
 
 
 def test_pictures_are_files_at_full_size_and_the_richest_is_the_thumbnail(tmp_path):
@@ -297,7 +301,8 @@ def test_formulas_and_scripts(tmp_path):
     widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "plain words"}
     script = {"application/javascript": "alert(1)", "text/plain": "more words"}
     table = {
-        "text/html": "<script src='https://example.org/x.js'></script><table><tr><td>last words</td></tr></table>"
+        "text/html": "<script src='https://example.org/x.js'></script><table><tr><td>last "
+        "words</td></tr></table>"
     }
     formula = r"\begin{aligned} a &= \texttt{b} \\ c &= \lVert d \rVert \end{aligned}"
     cells = [
@@ -344,16 +349,14 @@ def test_a_folder_of_something_else_is_refused_and_kept(tmp_path, file):
 
 
 def test_no_notebooks(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no notebooks.*helpers.pipeline run"):
+    with pytest.raises(FileNotFoundError, match="holds no notebooks.*attention run"):
         render(tmp_path, tmp_path / "edition")
     assert not (tmp_path / "edition").exists()
 
 
 def test_a_notebook_that_has_not_been_executed_is_named(tmp_path):
     source = write(tmp_path, _01_first=[executed("x")], _02_other=[executed("x"), new_code_cell("y")])
-    with pytest.raises(
-        ValueError, match="02_other has not been executed.*make figures.*helpers.pipeline run"
-    ):
+    with pytest.raises(ValueError, match="02_other has not been executed.*make figures.*attention run"):
         render(source, tmp_path / "edition")
     assert not (tmp_path / "edition").exists()
 

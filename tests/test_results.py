@@ -100,6 +100,10 @@ def test_damaged_results_name_the_file_and_the_remedy(tmp_path):
 def test_earlier_results_are_those_of_this_run_else_the_committed_ones(project, capsys):
     assert results.find_results("runs/by_hand/figures", "01_first") == project / "figures" / "01_first"
     assert capsys.readouterr().out == "01_first: results of the committed figures\n"
+    default = results.results_folder("runs/default/figures", "01_first")
+    results.save_results({"seed": 0}, default)
+    assert results.find_results("runs/by_hand/figures", "01_first") == default
+    (default / "results.json").unlink()
     own = results.results_folder("runs/by_hand/figures", "01_first")
     assert results.find_results("runs/by_hand/figures", "01_first") == project / "figures" / "01_first"
     results.save_results({"seed": 1}, own)

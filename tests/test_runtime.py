@@ -75,7 +75,8 @@ def test_batches_are_slices_in_order_and_the_rest_comes_last():
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         MemoryError(),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 9"
         ),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -91,7 +92,7 @@ def test_batch_that_does_not_fit_is_halved_with_a_note_and_nothing_done_is_repea
 
 
 def test_weighted_batches_hold_no_more_than_the_size_and_halve_it_for_good():
-    weights = {item: weight for item, weight in enumerate([6, 6, 6, 3, 3, 2, 1, 1, 1, 1])}
+    weights = dict(enumerate([6, 6, 6, 3, 3, 2, 1, 1, 1, 1]))
     step, given = full_above(100, weights)
     list(runtime.in_batches(step, list(weights), 12, weights.get))
     assert given == [[0, 1], [2, 3], [4, 5, 6, 7], [8, 9]]

@@ -483,7 +483,9 @@ def jpeg(size=64):
 def test_file_that_is_no_whole_image_is_skipped_with_a_note(tmp_path, content):
     save(tmp_path / "good.png", Image.new("RGB", (8, 8)))
     save(tmp_path / "photo.jpg", content=content)
-    reason = r"skipped 1 unreadable files \(photo.jpg\): 'photo\.jpg' is not a whole image .*; replace or remove it"
+    reason = (
+        r"skipped 1 unreadable files \(photo.jpg\): 'photo\.jpg' is not a whole image .*; replace or remove"
+    )
     with pytest.warns(UserWarning, match=reason):
         assert list(images.load_images(tmp_path)) == ["good.png"]
     with pytest.warns(

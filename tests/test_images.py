@@ -1,0 +1,56 @@
+"""Folders of images are read in order, what cannot be read is said."""
+
+import warnings
+
+import pytest
+from PIL import Image
+
+from helpers.images import load_image_folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("dotted", "striped"):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            Image.new("L" if number else "RGBA", (8 + number, 8), number).save(
+                tmp_path / name / f"{number}.png"
+            )
+    (tmp_path / "striped" / ".DS_Store").write_text("hidden")
+    return tmp_path
+
+
+def test_image_folders_are_read_in_order(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = load_image_folder(folder)
+    assert list(images) == ["dotted", "striped"]
+    assert [image.size[0] for image in images["striped"]] == [8, 9, 10, 11, 12, 13]
+    assert {image.mode for image in images["striped"]} == {"RGB"}
+    assert len(load_image_folder(folder, max_images=5)["dotted"]) == 5
+
+
+def test_unreadable_files_are_named_skipped_and_counted(folder):
+    content = (folder / "striped" / "1.png").read_bytes()
+    (folder / "striped" / "1.png").write_bytes(content[: len(content) // 2])
+    (folder / "striped" / "notes.txt").write_text("no image")
+    with pytest.warns(UserWarning, match=r"'striped': skipped 2 unreadable files \(1.png, notes.txt\)"):
+        assert len(load_image_folder(folder)["striped"]) == 5
+    with pytest.raises(
+        ValueError, match=r"'striped' has 5 images and needs at least 6 beside 2 unreadable files \(1.png"
+    ):
+        load_image_folder(folder, min_images=6)
+
+
+def test_fewer_images_than_are_needed_cannot_be_asked_for(folder):
+    with pytest.raises(
+        ValueError, match="at least 5 images of each folder are needed, more than the 2 asked for"
+    ):
+        load_image_folder(folder, max_images=2)
+
+
+def test_missing_or_flat_folders_are_refused(folder):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_image_folder(folder / "nowhere")
+    with pytest.raises(ValueError, match="striped/<name>"):
+        load_image_folder(folder / "striped")
