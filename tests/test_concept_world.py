@@ -129,6 +129,16 @@ def test_concept_looks_the_same_at_another_size(concept):
     assert np.abs(shrunk(large).astype(float) - images).mean() < 12  # of about 80 between other images
 
 
+def test_edges_of_a_texture_are_one_pixel_wide_at_every_size():
+    blended = []
+    for size in (64, 128):
+        grey = world.draw_concept_images("striped", 20, size=size).mean(axis=3)
+        low, high = (pick(grey, axis=(1, 2), keepdims=True) for pick in (np.min, np.max))
+        share = (grey - low) / (high - low)
+        blended.append(((share > 0.05) & (share < 0.95)).mean())
+    assert 0.4 < blended[1] / blended[0] < 0.6
+
+
 def test_background_of_a_large_scene_is_as_rough_as_its_law_says():
     """Amplitude 1/f to 1/f^1.6 up to the finest waves: an enlarged picture would have none of them."""
     power = np.abs(np.fft.fft2(world._noise(np.random.default_rng(0), 112))) ** 2
