@@ -139,6 +139,16 @@ def test_edges_of_a_texture_are_one_pixel_wide_at_every_size():
     assert 0.4 < blended[1] / blended[0] < 0.6
 
 
+def test_edges_of_an_object_are_one_pixel_wide_at_every_size():
+    pose = world._draw_pose(np.random.default_rng(0))[:, :12]
+    shapes = np.arange(12) % 3
+    blended = []
+    for size in (64, 128):
+        covers = np.stack(world._place_silhouettes(size, shapes, *pose))
+        blended.append(((covers > 0) & (covers < 1)).mean())
+    assert 0.4 < blended[1] / blended[0] < 0.6
+
+
 def test_background_of_a_large_scene_is_as_rough_as_its_law_says():
     """Amplitude 1/f to 1/f^1.6 up to the finest waves: an enlarged picture would have none of them."""
     power = np.abs(np.fft.fft2(world._noise(np.random.default_rng(0), 112))) ** 2
@@ -149,6 +159,7 @@ def test_background_of_a_large_scene_is_as_rough_as_its_law_says():
 
 def test_pairs_at_112_differ_inside_the_concept_mask_alone_and_all_over_it():
     with_concept, without = world.draw_counterfactual_pairs(60, seed=12, size=112)
+    assert with_concept.images.shape == without.images.shape == (60, 112, 112, 3)
     np.testing.assert_array_equal(with_concept.object_masks, without.object_masks)
     np.testing.assert_array_equal(with_concept.concept_masks, without.concept_masks)
     changed = (with_concept.images != without.images).any(axis=3)
