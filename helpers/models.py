@@ -10,6 +10,7 @@ from types import MethodType
 import torch
 from huggingface_hub import constants
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -19,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from helpers import dinov2
 from helpers.images import patch_grid
 from helpers.paths import local_folder
 
@@ -71,11 +73,15 @@ def load_text_classifiers(
 def load_image_classifier(model_id: str, device: str = "auto", precision: str = "float32"):
     """Load an image classifier of the ViT kind and its processor; arguments and errors as for text.
 
+    A folder may hold a head alone, as head.safetensors: its backbone is then fetched and converted once.
     Raises ValueError for a model without a classification token, with windowed attention (Swin), or whose own
     image size does not divide into its patches.
     """
     folder = _find_model(model_id)
-    model = _load_model(AutoModelForImageClassification, folder)
+    if Path(folder, "head.safetensors").exists():
+        model = _load_head(folder)
+    else:
+        model = _load_model(AutoModelForImageClassification, folder)
     try:
         size = model.config.image_size if hasattr(model.config, "image_size") else 0
         patch_grid(model, size if isinstance(size, (list, tuple)) else (size, size))
@@ -278,6 +284,16 @@ def _load_adapter(folder: str):
     with warnings.catch_warnings():  # peft reads an attribute that transformers is about to rename
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return PeftModel.from_pretrained(model, folder).merge_and_unload(), base
+
+
+def _load_head(folder: str):
+    """Put a folder's trained head on the backbone that its config.json names; return the whole model."""
+    config, head = AutoConfig.from_pretrained(folder), load_file(Path(folder, "head.safetensors"))
+    if (base := getattr(config, "base_model_name_or_path", None)) != dinov2.PACKAGE:
+        raise ValueError(f"{folder!r} is a head on {base!r}, which is not known here; use {dinov2.PACKAGE!r}")
+    model = _load_model(AutoModelForImageClassification, str(dinov2.fetch_backbone()), head, config=config)
+    model.load_state_dict(head, strict=False)
+    return model
 
 
 def resolve_device(device: str = "auto") -> torch.device:

@@ -326,7 +326,8 @@ def test_the_project_needs_nothing_from_outside_by_default(monkeypatch):
     for profile in ("default", "smoke"):
         check_at_hand(plan_run(profile))
     own = {"sets": ["movies_short", "tweets", "amazon_short"], "model_ids": ["data/models/sentiment_minilm"]}
-    check_at_hand({"01": {**own, "images_dir": "", "model_id": "data/models/concept_vit"}})
+    for image_model in ("data/models/concept_vit", "data/models/dinov2_scenes"):
+        check_at_hand({"01": {**own, "images_dir": "", "model_id": image_model}})
 
 
 def test_local_folders_stand_in_place_of_every_name(root, monkeypatch, tmp_path):

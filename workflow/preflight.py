@@ -30,7 +30,7 @@ READERS = {  # what comes with the weights of a model: its two loaders, files of
     ),
 }
 INDEX = "model.safetensors.index.json"
-WEIGHTS = {"model.safetensors", INDEX, "adapter_model.safetensors"}
+WEIGHTS = {"model.safetensors", INDEX, "adapter_model.safetensors", "head.safetensors"}
 RECIPE = """; pickled weights are not read. Where you trust them, convert them and give FOLDER instead:
     python -c "from transformers import {} as M, {} as R; \
 [part.from_pretrained({!r}).save_pretrained('FOLDER') for part in (M, R)]\""""
