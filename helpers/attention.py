@@ -92,7 +92,7 @@ def read_attention(
 
 
 def check_gradients(maps: AttentionMaps, what: str, rules: str = "none") -> torch.Tensor:
-    """Return the gradients of the maps. Raises ValueError where `what` finds none, or those of other rules."""
+    """Return the gradients of the maps. Raises ValueError where there are none, or of other rules."""
     call = f"read_attention(..., gradients=True{'' if rules == 'none' else f', rules={rules!r}'})"
     if maps.gradients is None:
         raise ValueError(f"{what} needs gradients; call {call}")
