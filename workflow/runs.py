@@ -2,14 +2,15 @@
 
 import csv
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from workflow.parameters import ROOT, notebook_names, plan_run
-from workflow.provenance import file_digest, notebook_state, plan_digests, read_provenance
+from workflow.provenance import notebook_state, plan_digests, read_provenance
+
+UNPUBLISHED = ".safetensors"  # megabytes of vectors, which stay with the run
 
 
 def recorded_runs(folder: Path) -> dict[str, dict]:
@@ -88,19 +89,22 @@ def publish_run(run: Path) -> Path:
         click.echo(f"the committed results stay until {', '.join(rest)} is finished, too")
         return run
     for name in plan:
-        files = [*read_provenance(name, run)["files"], f"figures/{name}/provenance.json"]
-        for path in files:
-            _replace(ROOT / path, run / path)
+        record = f"figures/{name}/provenance.json"
+        found = read_provenance(name, run)
+        found["files"] = {path: sha for path, sha in found["files"].items() if not path.endswith(UNPUBLISHED)}
+        for path in found["files"]:
+            _replace(ROOT / path, (run / path).read_bytes())
+        _replace(ROOT / record, json.dumps(found, indent=1).encode())
         for path in (ROOT / "figures" / name).rglob("*"):
-            if path.is_file() and path.relative_to(ROOT).as_posix() not in files:
+            if path.is_file() and path.relative_to(ROOT).as_posix() not in (record, *found["files"]):
                 path.unlink()
     return ROOT
 
 
-def _replace(target: Path, source: Path) -> None:
-    """Make a file the copy of another at once, unless it is that already."""
-    if not target.is_file() or file_digest(target) != file_digest(source):
+def _replace(target: Path, content: bytes) -> None:
+    """Write a file at once, unless it holds that already."""
+    if not target.is_file() or target.read_bytes() != content:
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f".running-{target.name}")
-        shutil.copyfile(source, unfinished)
+        unfinished.write_bytes(content)
         unfinished.replace(target)
