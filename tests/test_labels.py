@@ -55,6 +55,10 @@ def test_names_that_are_numbers_come_before_numbers(model):
     assert class_numbers(model, ["0", "1", "2", "3"]) == {"0": 2, "1": 1, "2": 0}
 
 
+def test_label_as_it_is_written_comes_before_other_spellings(model):
+    assert class_numbers(named(model, "us", "US"), ["US", "us", "Us"]) == {"US": 1, "us": 0}
+
+
 def test_label_that_fits_several_classes_is_none_of_them(model):
     model = named(model, "crane, bird", "crane, machine", "dog")
     assert class_numbers(model, ["crane", "bird"]) == {"bird": 0}
