@@ -11,18 +11,23 @@ that are there are kept.
 """
 
 import io
+import itertools
+import json
 import shutil
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 import datasets
+import pyarrow.parquet
 from PIL import Image
 from tqdm import tqdm
 
 from helpers.concept_world import draw_concept_images
 from helpers.paths import local_folder, project_path
-from helpers.pipeline import one_line_errors
+from workflow.front import one_line_errors
 
 TEXTURES = {name: name for name in ("striped", "dotted", "zigzagged")}  # folder: the label in the set
 CLASSES = {"zebra": "zebra", "dalmatian": "dalmatian", "dog sled": "dogsled", "fire engine": "fire engine"}
@@ -60,17 +65,58 @@ def read_set(source: str, counts: dict[str, int]) -> Iterator[tuple[str, bytes]]
     count.
     """
     left = dict(counts)
-    with tqdm(total=sum(left.values()), desc=source, unit="image") as bar:
+    with tqdm(total=sum(left.values()), desc=source, unit="image") as bar, named_in_errors(source):
         for rows in datasets.load_dataset(source, streaming=True).values():
+            if not {"image", "label"} <= set(columns := rows.column_names or []):
+                raise ValueError(f"it needs the columns image and label, and has {columns}")
             known = numbers_of(source, rows.features["label"], left)
-            for row in rows.cast_column("image", datasets.Image(decode=False)):
+            for number, row in enumerate(rows.cast_column("image", datasets.Image(decode=False))):
                 label = known.get(row["label"])
-                if left.get(label, 0):
+                if not left.get(label, 0):
+                    continue
+                content = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
+                if is_image(content, f"row {number} of {source}"):
                     left[label] -= 1
                     bar.update()
-                    yield label, row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
+                    yield label, content
                 if not any(left.values()):
                     return
+
+
+@contextmanager
+def named_in_errors(source: str):
+    """Turn the error of a set that cannot be read into one that names its broken files, and the way out."""
+    try:
+        yield
+    except (ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+        broken = ", ".join(broken_files(Path(source)))
+        said = f"{broken} is broken; replace or remove it" if broken else str(error)
+        raise ValueError(f"{source} cannot be read: {said}") from error
+
+
+def broken_files(folder: Path) -> Iterator[str]:
+    """Yield the paths of a folder's parquet and JSON files that cannot be read."""
+    for path in sorted(folder.rglob("*") if folder.is_dir() else ()):
+        try:
+            if path.suffix == ".parquet":
+                pyarrow.parquet.read_metadata(path)
+            elif path.suffix == ".json":
+                json.loads(path.read_bytes())
+            elif path.suffix == ".jsonl":
+                list(map(json.loads, path.read_bytes().splitlines()))
+        except (ValueError, OSError):
+            yield path.relative_to(folder).as_posix()
+
+
+def is_image(content: bytes, name: str) -> bool:
+    """Return whether this is a whole image; if not, say that it is skipped."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        tqdm.write(f"{name} is no whole image; skipped", file=sys.stderr)
+        return False
+    return True
 
 
 def folder_names(label: str) -> list[str]:
@@ -84,8 +130,9 @@ def read_folders(folder: Path, counts: dict[str, int]) -> Iterator[tuple[str, by
         found = [path for path in named if path.is_dir()]
         if not found:
             raise click.UsageError(f"{folder} has no folder {' or '.join(folder_names(label))}")
-        for path in sorted(path for path in found[0].iterdir() if path.is_file())[:count]:
-            yield label, path.read_bytes()
+        files = sorted(path for path in found[0].iterdir() if path.is_file() and path.name[0] != ".")
+        images = ((label, path.read_bytes()) for path in files if is_image(path.read_bytes(), str(path)))
+        yield from itertools.islice(images, count)
 
 
 def gather(source: str, wanted: list[tuple[Path, str, int]]) -> None:

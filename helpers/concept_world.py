@@ -1,5 +1,4 @@
-"""Concept world: 64 x 64 scenes whose class depends on a shape AND a concept, drawn by code, so the truth is
-known.
+"""Concept world: scenes whose class depends on a shape AND a concept, drawn by code, so the truth is known.
 
     zebra      = horse + stripes        dalmatian = dog + dots         fire engine = truck + red
     horse      = horse + plain          dog       = dog + plain        van         = truck + another colour
@@ -7,7 +6,7 @@ known.
 Decoys, on request, are horses and dogs with a texture that is not their concept: they tell "stripes" from
 "textured". A scene is painted in layers: a 1/f-noise background, the object in its base colour, its coat (the
 part that carries the concept), dark details. Coordinates run right and down; a unit is half the width of an
-object.
+object. Any size shows the same scene: lengths are in 64ths of the frame, the pixels of the default size.
 """
 
 import difflib
@@ -19,7 +18,7 @@ import datasets
 import numpy as np
 import PIL.Image
 
-SIZE = 64  # pixels a side
+SIZE = 64  # pixels a side by default, and the length that all others are given in
 BLOCK = (
     64  # images drawn at once; one generator a block, so that image i does not depend on how many are drawn
 )
@@ -73,7 +72,8 @@ SILHOUETTES = {
         "coat": [(-0.96, -0.58, 0.36, 0.30), (0.42, -0.24, 0.80, 0.30), (0.42, 0.04, 0.96, 0.30),
                  [(0.72, -0.16, 0.08), (0.88, 0.12, 0.08)]],
         "base": [(-0.90, 0.26, 0.98, 0.42)],
-        "detail": [[(-0.66, 0.44, 0.17)], [(-0.26, 0.44, 0.17)], [(0.66, 0.44, 0.17)], (0.54, -0.16, 0.78, 0.06)],
+        "detail": [[(-0.66, 0.44, 0.17)], [(-0.26, 0.44, 0.17)], [(0.66, 0.44, 0.17)],
+                   (0.54, -0.16, 0.78, 0.06)],
     },
 }  # fmt: skip  # a table of shapes: one limb or box a place
 
@@ -81,19 +81,19 @@ SILHOUETTES = {
 class Scenes(NamedTuple):
     """A batch of scenes; row i of every array belongs to scene i."""
 
-    images: np.ndarray  # (n, 64, 64, 3) uint8
+    images: np.ndarray  # (n, size, size, 3) uint8
     labels: np.ndarray  # (n,) int64, an index into CLASSES
-    object_masks: np.ndarray  # (n, 64, 64) bool, pixels that the object touches
-    concept_masks: np.ndarray  # (n, 64, 64) bool, pixels whose colour the concept decides
+    object_masks: np.ndarray  # (n, size, size) bool, pixels that the object touches
+    concept_masks: np.ndarray  # (n, size, size) bool, pixels whose colour the concept decides
 
 
-def draw_scenes(n_images, seed=0, labels=None, decoys=0.0):
+def draw_scenes(n_images, seed=0, labels=None, decoys=0.0, size=SIZE):
     """Draw scenes with their labels and masks.
 
     The concept mask is the visible coat: torso and neck of an animal, the painted walls of a truck. A class
     without its concept (horse, dog, van) has the same mask: the place where the concept would be. Everything
     but the label is drawn from (seed, i) alone, so scene i under another label is the same scene with another
-    shape or concept.
+    shape or concept; of another size it is the same scene again, with finer grain.
 
     n_images: how many, at least 1.
     seed: a non-negative integer; the same seed gives the same bytes.
@@ -101,47 +101,51 @@ def draw_scenes(n_images, seed=0, labels=None, decoys=0.0):
     decoys: share, 0 to 1, of the horses and dogs that are not plain but wear a texture that is not their
     concept
         (dots or zigzags on a horse, stripes or zigzags on a dog) and stay a horse or dog.
-    Returns Scenes. Raises ValueError for a bad count or share, an unknown class, or labels of another length.
+    size: pixels a side, at least 16.
+    Returns Scenes. Raises ValueError for a bad count, share or size, an unknown class, or labels of another
+    length.
     """
     if not 0 <= decoys <= 1:
         raise ValueError(f"decoys is a share between 0 and 1, not {decoys}")
-    _check_count(n_images)
+    _check_count(n_images, size)
     labels = np.arange(n_images) % len(CLASSES) if labels is None else _label_indices(labels, n_images)
-    images = np.empty((n_images, SIZE, SIZE, 3), np.uint8)
-    object_masks, concept_masks = np.empty((2, n_images, SIZE, SIZE), bool)
+    images = np.empty((n_images, size, size, 3), np.uint8)
+    object_masks, concept_masks = np.empty((2, n_images, size, size), bool)
     for block, rng in _blocks(n_images, seed, stream=0):
-        images[block], object_masks[block], concept_masks[block] = _paint_scenes(rng, labels[block], decoys)
+        painted = _paint_scenes(rng, labels[block], decoys, size)
+        images[block], object_masks[block], concept_masks[block] = painted
     return Scenes(images, labels, object_masks, concept_masks)
 
 
-def draw_counterfactual_pairs(n_pairs, seed=0):
+def draw_counterfactual_pairs(n_pairs, seed=0, size=SIZE):
     """Draw pairs of scenes in which only the concept is exchanged: zebra and horse, dalmatian and dog, and so
     on.
 
     Returns two Scenes of n_pairs, with the concept and without it; their pixels differ inside the concept
     mask alone. Scene i of the first is a zebra, a dalmatian or a fire engine, in turn.
-    Raises ValueError for a bad count.
+    Raises ValueError for a bad count or size.
     """
-    _check_count(n_pairs)
+    _check_count(n_pairs, size)
     with_concept = np.arange(n_pairs) % len(SILHOUETTES) * 2
-    return draw_scenes(n_pairs, seed, with_concept), draw_scenes(n_pairs, seed, with_concept + 1)
+    return tuple(draw_scenes(n_pairs, seed, with_concept + without, size=size) for without in (0, 1))
 
 
-def draw_concept_images(concept, n_images, seed=0):
+def draw_concept_images(concept, n_images, seed=0, size=SIZE):
     """Draw full-frame images of one concept, with the textures and colours that the scenes use.
 
     concept: one of CONCEPTS ("striped", ..., "red", ..., "random") or of COLOURED_TEXTURES ("red striped",
     ...).
         "random" is a patch of background with a blob of any texture or none, for random-against-random CAVs.
     n_images: how many, at least 1.
-    Returns (n_images, 64, 64, 3) uint8. Raises ValueError for an unknown concept or a bad count.
+    size: pixels a side, at least 16.
+    Returns (n_images, size, size, 3) uint8. Raises ValueError for an unknown concept, a bad count or size.
     """
-    _check_count(n_images)
+    _check_count(n_images, size)
     concepts = (*CONCEPTS, *COLOURED_TEXTURES)
     *colour, kind = _known(concept, concepts, "concept").split()
-    images = np.empty((n_images, SIZE, SIZE, 3), np.uint8)
+    images = np.empty((n_images, size, size, 3), np.uint8)
     for block, rng in _blocks(n_images, seed, stream=1 + concepts.index(concept)):
-        images[block] = _to_bytes(_paint_concept(rng, kind, *colour))[: block.stop - block.start]
+        images[block] = _to_bytes(_paint_concept(rng, size, kind, *colour))[: block.stop - block.start]
     return images
 
 
@@ -149,36 +153,36 @@ def as_dataset(scenes):
     """Wrap Scenes as a datasets.Dataset with the columns image, label (ClassLabel), object_mask and
     concept_mask.
     """
-    mask = datasets.Array2D((SIZE, SIZE), "bool")
+    mask = datasets.Array2D(scenes.object_masks.shape[1:], "bool")
     features = datasets.Features(
         image=datasets.Image(),
         label=datasets.ClassLabel(names=list(CLASSES)),
         object_mask=mask,
         concept_mask=mask,
     )
-    columns = dict(
-        image=[{"bytes": _bitmap(image), "path": None} for image in scenes.images],
-        label=scenes.labels,
-        object_mask=scenes.object_masks,
-        concept_mask=scenes.concept_masks,
-    )
+    columns = {
+        "image": [{"bytes": _bitmap(image), "path": None} for image in scenes.images],
+        "label": scenes.labels,
+        "object_mask": scenes.object_masks,
+        "concept_mask": scenes.concept_masks,
+    }
     return datasets.Dataset.from_dict(columns, features=features)
 
 
 # Painting. Functions that take a generator draw for a whole block, however many images of it are wanted.
 
 
-def _paint_scenes(rng, labels, decoys):
-    """Images (k, 64, 64, 3) uint8, object masks and concept masks (k, 64, 64) for the first k scenes of a
-    block.
+def _paint_scenes(rng, labels, decoys, size):
+    """Images (k, size, size, 3) uint8, object masks and concept masks (k, size, size) for the first k scenes
+    of a block.
     """
     k = len(labels)
     shapes, has_concept = labels // 2, labels % 2 == 0
-    body, coat, detail = _place_silhouettes(shapes, *_draw_pose(rng)[:, :k])
+    body, coat, detail = _place_silhouettes(size, shapes, *_draw_pose(rng)[:, :k])
 
     foreign = (shapes + rng.integers(1, 3, BLOCK)[:k]) % 3
     kinds = np.where(has_concept, shapes, np.where(rng.random(BLOCK)[:k] < decoys, foreign, PLAIN))
-    texture = _draw_textures(rng, np.where(shapes == 2, PLAIN, kinds))
+    texture = _draw_textures(rng, np.where(shapes == 2, PLAIN, kinds), size)
     ground, figure = (colour[:k] for colour in _draw_contrast(rng))
     red, other = _draw_vivid(rng, *HUES["red"])[:k], _draw_vivid(rng, 0.12, 0.88)[:k]
     dark = _hsv(rng.random(BLOCK), rng.uniform(0, 0.5, BLOCK), rng.uniform(0, 0.12, BLOCK))[:k]
@@ -186,43 +190,43 @@ def _paint_scenes(rng, labels, decoys):
     shapes, has_concept = shapes[:, None, None, None], has_concept[:, None, None, None]
     paint = _blend(np.where(shapes == 2, np.where(has_concept, red, other), ground), figure, texture)
     figures = _blend(_blend(ground, paint, coat), dark, detail)
-    images = _to_bytes(_blend(_draw_background(rng)[:k], figures, body))
+    images = _to_bytes(_blend(_draw_background(rng, size)[:k], figures, body))
     return images, body > 0, (body > 0) & (coat > 0) & (detail < 1)
 
 
-def _paint_concept(rng, kind, colour=None):
-    """Full-frame images (block, 3, 64, 64) in [0, 1] of a colour, or of a texture on a colour if one is
+def _paint_concept(rng, size, kind, colour=None):
+    """Full-frame images (block, 3, size, size) in [0, 1] of a colour, or of a texture on a colour if one is
     named.
     """
     if kind in HUES:
-        return np.broadcast_to(_draw_vivid(rng, *HUES[kind]), (BLOCK, 3, SIZE, SIZE))
+        return np.broadcast_to(_draw_vivid(rng, *HUES[kind]), (BLOCK, 3, size, size))
     ground, figure = _draw_contrast(rng)
     if kind == "random":
-        patch = _blend(ground, figure, _draw_textures(rng, rng.integers(0, PLAIN + 1, BLOCK)))
-        blob = np.clip(6 * (_noise(rng) + rng.uniform(-1, 1, (BLOCK, 1, 1))), 0, 1)
-        return _blend(_draw_background(rng), patch, blob)
+        patch = _blend(ground, figure, _draw_textures(rng, rng.integers(0, PLAIN + 1, BLOCK), size))
+        blob = np.clip(6 * (_noise(rng, size) + rng.uniform(-1, 1, (BLOCK, 1, 1))), 0, 1)
+        return _blend(_draw_background(rng, size), patch, blob)
     if colour is not None:
         ground = _draw_vivid(rng, *HUES[colour])
-    return _blend(ground, figure, _draw_textures(rng, np.full(BLOCK, TEXTURES.index(kind))))
+    return _blend(ground, figure, _draw_textures(rng, np.full(BLOCK, TEXTURES.index(kind)), size))
 
 
-def _draw_textures(rng, kinds):
-    """How far each pixel belongs to the figure of a texture, given as k indices into TEXTURES: (k, 64, 64) in
-    [0, 1].
+def _draw_textures(rng, kinds, size):
+    """How far each pixel belongs to the figure of a texture, given as k indices into TEXTURES: (k, size,
+    size) in [0, 1].
 
-    Period (5 to 9 pixels), angle and phase are drawn an image. PLAIN is 0 everywhere.
+    Period (5 to 9 64ths of the frame), angle and phase are drawn an image. PLAIN is 0 everywhere.
     """
     period, angle = (
         rng.uniform((5, 0), (9, np.pi), (BLOCK, 2)).astype(np.float32)[: len(kinds)].T[..., None, None]
     )
     phase = rng.random((BLOCK, 2), np.float32)[: len(kinds)].T[..., None, None]
-    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
+    y, x = _pixel_centres(size)
     u = (np.cos(angle) * x + np.sin(angle) * y) / period + phase[0]
     v = (np.cos(angle) * y - np.sin(angle) * x) / period + phase[1]
     textures = np.zeros_like(u)
     for kind, depth in enumerate((_stripes, _dots, _zigzags)):
         rows = kinds == kind
-        textures[rows] = np.clip(0.5 + period[rows] * depth(u[rows], v[rows]), 0, 1)
+        textures[rows] = np.clip(0.5 + size / SIZE * period[rows] * depth(u[rows], v[rows]), 0, 1)
     return textures
 
 
@@ -242,41 +246,59 @@ def _dots(u, v):
     return 0.32 - np.hypot(u % 1 - 0.5, v % 1 - 0.5)
 
 
-def _draw_background(rng):
-    """1/f noise between two dull colours of middling brightness: (block, 3, 64, 64) in [0, 1]."""
+def _draw_background(rng, size):
+    """1/f noise between two dull colours of middling brightness: (block, 3, size, size) in [0, 1]."""
     near, far = (
         _hsv(rng.random(BLOCK), rng.uniform(0, 0.5, BLOCK), rng.uniform(0.35, 0.75, BLOCK)) for _ in range(2)
     )
-    return _blend(near, far, np.clip(0.5 + 0.25 * _noise(rng), 0, 1))
+    return _blend(near, far, np.clip(0.5 + 0.25 * _noise(rng, size), 0, 1))
 
 
-def _noise(rng):
-    """Noise of unit variance whose amplitude falls with frequency as f to the -1 to -1.6: (block, 64, 64)."""
-    frequency = np.hypot(np.fft.fftfreq(SIZE)[:, None], np.fft.rfftfreq(SIZE)).astype(np.float32)
+def _noise(rng, size):
+    """Noise of unit variance whose amplitude falls with frequency as f to the -1 to -1.6: (block, size,
+    size).
+
+    Waves that the default size can show are drawn first, the same ones for every size; those that only a
+    finer grid shows come from a generator of their own, so that `rng` goes on alike.
+    """
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)).astype(np.float32)
     frequency[0, 0] = np.inf  # no constant part
     exponent = rng.uniform(1.0, 1.6, (BLOCK, 1, 1)).astype(np.float32)
-    white = rng.standard_normal((BLOCK, SIZE, SIZE // 2 + 1, 2), np.float32).view(np.complex64)[..., 0]
-    field = np.fft.irfft2(white * np.exp(-exponent * np.log(frequency)))
+    white = _white(rng, SIZE)
+    if size != SIZE:
+        coarse, white = white, _white(rng.spawn(1)[0], size)
+        half = min(size, SIZE) // 2
+        for rows in (slice(half), slice(1 - half, None)):
+            white[:, rows, :half] = coarse[:, rows, :half]
+    field = np.fft.irfft2(white * np.exp(-exponent * np.log(frequency)), (size, size))
     return field / field.std(axis=(1, 2), keepdims=True)
 
 
+def _white(rng, size):
+    """A block of spectra of white noise, as `irfft2` reads them: (block, size, size // 2 + 1) complex."""
+    return rng.standard_normal((BLOCK, size, size // 2 + 1, 2), np.float32).view(np.complex64)[..., 0]
+
+
+def _pixel_centres(size):
+    """Where the pixels of a frame lie, down and right, in 64ths of the frame: (2, size, size)."""
+    return ((np.mgrid[:size, :size] + 0.5) * (SIZE / size) - 0.5).astype(np.float32)
+
+
 def _draw_pose(rng):
-    """Size (pixels a unit), angle, shear, stretch, facing (+1 or -1), centre x and y (pixels): (7, block, 1,
-    1).
-    """
-    size = rng.uniform(22, 29, BLOCK)
+    """Unit, angle, shear, stretch, facing (+1 or -1), centre x and y, lengths in 64ths: (7, block, 1, 1)."""
+    unit = rng.uniform(22, 29, BLOCK)
     angle, shear = rng.uniform(-0.2, 0.2, BLOCK), rng.uniform(-0.12, 0.12, BLOCK)
     stretch, facing = rng.uniform(0.92, 1.08, BLOCK), rng.choice([-1, 1], BLOCK)
-    centre = SIZE / 2 - 0.5 + rng.uniform(-1, 1, (2, BLOCK)) * (SIZE / 2 - size)
-    return np.stack([size, angle, shear, stretch, facing, *centre]).astype(np.float32)[..., None, None]
+    centre = SIZE / 2 - 0.5 + rng.uniform(-1, 1, (2, BLOCK)) * (SIZE / 2 - unit)
+    return np.stack([unit, angle, shear, stretch, facing, *centre]).astype(np.float32)[..., None, None]
 
 
-def _place_silhouettes(shapes, size, angle, shear, stretch, facing, centre_x, centre_y):
-    """Cover (0 to 1) of every pixel by body, coat and detail of each posed silhouette: three arrays (k, 64,
-    64).
+def _place_silhouettes(size, shapes, unit, angle, shear, stretch, facing, centre_x, centre_y):
+    """Cover (0 to 1) of every pixel by body, coat and detail of each posed silhouette: three arrays (k,
+    size, size).
     """
-    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-    x, y = (x - centre_x) / size, (y - centre_y) / size
+    y, x = _pixel_centres(size)
+    x, y = (x - centre_x) / unit, (y - centre_y) / unit
     down = (np.cos(angle) * y - np.sin(angle) * x) * stretch
     right = (np.cos(angle) * x + np.sin(angle) * y) * facing / stretch + shear * down
     tables = _distance_tables()
@@ -284,7 +306,8 @@ def _place_silhouettes(shapes, size, angle, shear, stretch, facing, centre_x, ce
     row, column = (
         np.clip(half + half / 1.5 * axis, 0, 2 * half - 1).astype(np.int32) for axis in (down, right)
     )
-    body, coat, detail = np.moveaxis(tables[shapes[:, None, None], row, column] * size[..., None], -1, 0)
+    pixels = tables[shapes[:, None, None], row, column] * (size / SIZE * unit)[..., None]
+    body, coat, detail = np.moveaxis(pixels, -1, 0)
     return np.clip(0.5 - body, 0, 1), np.clip(1 - coat, 0, 1), np.clip(1 - detail, 0, 1)
 
 
@@ -309,7 +332,7 @@ def _distance(part, x, y):
         left, top, right, bottom = part
         return np.maximum(np.maximum(left - x, x - right), np.maximum(top - y, y - bottom))
     nearest = np.inf
-    for (x0, y0, r0), (x1, y1, r1) in zip(part, part[1:] or part):
+    for (x0, y0, r0), (x1, y1, r1) in zip(part, part[1:] or part, strict=False):
         length = (x1 - x0) ** 2 + (y1 - y0) ** 2
         t = np.clip(((x - x0) * (x1 - x0) + (y - y0) * (y1 - y0)) / max(length, 1e-9), 0, 1)
         nearest = np.minimum(
@@ -342,7 +365,7 @@ def _hsv(hue, saturation, value):
 
 
 def _blend(under, over, cover):
-    """Lay a colour or image over another where cover (block, 64, 64) is 1."""
+    """Lay a colour or image over another where cover (block, size, size) is 1."""
     return under + (over - under) * cover[:, None]
 
 
@@ -366,9 +389,11 @@ def _bitmap(image):
     return buffer.getvalue()
 
 
-def _check_count(count):
+def _check_count(count, size):
     if count < 1:
         raise ValueError(f"at least one image must be drawn, not {count}")
+    if size < 16:
+        raise ValueError(f"a scene needs at least 16 pixels a side, not {size}")
 
 
 def _label_indices(labels, n_images):

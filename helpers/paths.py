@@ -1,9 +1,15 @@
-"""Where things are: the project root, its cache, and the folders and files that parameters name."""
+"""Where things are: the project root, its cache, and the folders and hub names that parameters ask for."""
 
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 CACHE = PROJECT_ROOT / "data" / "cache"
+HUB_SETS = {  # name: hub id
+    "sst2": "stanfordnlp/sst2",
+    "imdb": "stanfordnlp/imdb",
+    "ag_news": "fancyzhx/ag_news",
+}
+SENTENCE_SETS = ("movies", "amazon", "nyt", "tweets", "movies_short", *HUB_SETS, "sst2_short")
 
 
 def project_path(path: str | Path) -> Path:

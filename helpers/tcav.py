@@ -13,9 +13,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from helpers.activations import block_outputs, check_outputs
-from helpers.attention import GRADIENT_SCALE, check_eager
+from helpers.attention import check_eager
 from helpers.labels import find_class, resolve_target
-from helpers.models import full_precision
+from helpers.models import GRADIENT_SCALE, check_explainable, full_precision
 
 KINDS = ("logistic", "pattern", "fisher", "mean_difference")
 ALIKE = "positive and negative rows are alike, so no direction separates them; use other images"
@@ -30,6 +30,7 @@ def token_gradients(model, inputs, target=None) -> tuple[dict[int, torch.Tensor]
     one backward pass; padding has no gradient and no attention. Raises ValueError for an unknown target, a
     model without eager attention, or gradients that are not finite.
     """
+    check_explainable(model, inputs, gradients=True)
     check_eager(model)
     target = find_class(model, target) if isinstance(target, str) else target
     with torch.enable_grad(), block_outputs(model, differentiable=True) as outputs:

@@ -2,11 +2,13 @@
 concepts.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from helpers import concept_world as world
@@ -46,7 +48,7 @@ def spread(pixels):
 
 def test_same_seed_gives_same_bytes(scenes):
     again = world.draw_scenes(180, seed=11)
-    for first, second in zip(scenes, again):
+    for first, second in zip(scenes, again, strict=True):
         assert first.dtype == second.dtype
         np.testing.assert_array_equal(first, second)
 
@@ -73,6 +75,120 @@ def test_concept_images_are_deterministic_and_differ_between_concepts():
     np.testing.assert_array_equal(first, second)
     assert (first != world.draw_concept_images("striped", 3, seed=2)).any(axis=(1, 2, 3)).all()
     assert (first != world.draw_concept_images("zigzagged", 3, seed=1)).any(axis=(1, 2, 3)).all()
+
+
+DRAWN_BEFORE_SIZES = {  # sha256 of what was drawn when every scene had 64 pixels a side
+    "scenes": "3362c0682bb2a3bba3ddf5d64f42cc7aafa28d021d52f8c7dd7b8e2643cefa74",
+    "pairs": "f281740ebfa17cd20a80127108d7cec771e60eb7fe2114c88c967bec9a577b90",
+    "striped": "694459d280b835dd826f22881686c0932e3a57a60d59d06d1ecf5877d9ccd951",
+    "dotted": "edb8ae1202d7cebc9359d00d1763877eeefea6d965929194ff1e28f1e147755c",
+    "zigzagged": "d1cab92748dc61e6d456d74116fc88e9b46c57f8334d4b5b001c6762dffc1ea4",
+    "red": "908c95182e5560cb284ef54ebcb39c283324c8e8543dc35bc6939e1e2197ef46",
+    "random": "b34ef2012e207169b833b1ac9672035a72330f22c21ae35e48d15c3acd5602b6",
+    "red striped": "c70326ed52f500c41e141121a935f76c13a87c263953bde7983c4acef552d7db",
+}
+
+
+@pytest.mark.parametrize("what", DRAWN_BEFORE_SIZES)
+def test_default_size_keeps_its_bytes(what):
+    if what == "scenes":
+        arrays = world.draw_scenes(130, seed=5, decoys=0.5)
+    elif what == "pairs":
+        arrays = [array for member in world.draw_counterfactual_pairs(66, seed=7) for array in member]
+    else:
+        arrays = [world.draw_concept_images(what, 66, seed=3)]
+    drawn = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays))
+    assert drawn.hexdigest() == DRAWN_BEFORE_SIZES[what]
+
+
+# Sizes
+
+
+def shrunk(images, size=64):
+    """Images as they look at another size: each pixel the mean over its area."""
+    return np.stack([np.asarray(Image.fromarray(image).resize((size, size), Image.BOX)) for image in images])
+
+
+@pytest.mark.parametrize("size", [32, 112, 128])
+def test_scene_looks_the_same_at_another_size(size, scenes):
+    other = world.draw_scenes(30, seed=11, size=size)
+    assert other.images.shape == (30, size, size, 3) and other.concept_masks.shape == (30, size, size)
+    at_64 = world.Scenes(*(column[:30] for column in scenes))
+    common = min(size, 64)
+    difference = np.abs(shrunk(other.images, common).astype(float) - shrunk(at_64.images, common))
+    strangers = np.abs(shrunk(other.images, common).astype(float)[1:] - shrunk(at_64.images, common)[:-1])
+    assert difference.mean() < 8 and strangers.mean() > 40
+    for mine, theirs in zip(other[2:], at_64[2:], strict=True):
+        np.testing.assert_allclose(mine.mean(axis=(1, 2)), theirs.mean(axis=(1, 2)), atol=0.06)
+
+
+@pytest.mark.parametrize("concept", ["striped", "dotted", "zigzagged", "red", "random", "red striped"])
+def test_concept_looks_the_same_at_another_size(concept):
+    images, large = (world.draw_concept_images(concept, 20, seed=3, size=size) for size in (64, 128))
+    assert large.shape == (20, 128, 128, 3)
+    assert np.abs(shrunk(large).astype(float) - images).mean() < 12  # of about 80 between other images
+
+
+def test_edges_of_a_texture_are_one_pixel_wide_at_every_size():
+    blended = []
+    for size in (64, 128):
+        grey = world.draw_concept_images("striped", 20, size=size).mean(axis=3)
+        low, high = (pick(grey, axis=(1, 2), keepdims=True) for pick in (np.min, np.max))
+        share = (grey - low) / (high - low)
+        blended.append(((share > 0.05) & (share < 0.95)).mean())
+    assert 0.4 < blended[1] / blended[0] < 0.6
+
+
+def test_edges_of_an_object_are_one_pixel_wide_at_every_size():
+    pose = world._draw_pose(np.random.default_rng(0))[:, :12]
+    shapes = np.arange(12) % 3
+    blended = []
+    for size in (64, 128):
+        covers = np.stack(world._place_silhouettes(size, shapes, *pose))
+        blended.append(((covers > 0) & (covers < 1)).mean())
+    assert 0.4 < blended[1] / blended[0] < 0.6
+
+
+def test_background_of_a_large_scene_is_as_rough_as_its_law_says():
+    """Amplitude 1/f to 1/f^1.6 up to the finest waves: an enlarged picture would have none of them."""
+    power = np.abs(np.fft.fft2(world._noise(np.random.default_rng(0), 112))) ** 2
+    frequency = np.hypot(np.fft.fftfreq(112)[:, None], np.fft.fftfreq(112)) * 112
+    middle, fine = (power[:, (frequency > low) & (frequency < low + 6)].mean() for low in (20, 44))
+    assert (23 / 47) ** 3.3 < fine / middle < (23 / 47) ** 1.9
+
+
+def test_pairs_at_112_differ_inside_the_concept_mask_alone_and_all_over_it():
+    with_concept, without = world.draw_counterfactual_pairs(60, seed=12, size=112)
+    assert with_concept.images.shape == without.images.shape == (60, 112, 112, 3)
+    np.testing.assert_array_equal(with_concept.object_masks, without.object_masks)
+    np.testing.assert_array_equal(with_concept.concept_masks, without.concept_masks)
+    changed = (with_concept.images != without.images).any(axis=3)
+    assert not (changed & ~with_concept.concept_masks).any()
+    share = changed.sum(axis=(1, 2)) / with_concept.concept_masks.sum(axis=(1, 2))
+    trucks = with_concept.labels == 4
+    assert share[trucks].min() > 0.95 and share[~trucks].min() > 0.15 and share[~trucks].max() < 0.85
+
+
+def test_object_mask_at_112_is_true_to_the_pixel():
+    horse, van = (world.draw_scenes(40, 3, [name] * 40, size=112) for name in ("horse", "van"))
+    differs = (horse.images != van.images).any(axis=3)
+    assert not differs[~horse.object_masks & ~van.object_masks].any()
+    assert differs[horse.object_masks ^ van.object_masks].mean() > 0.98
+
+
+def test_dataset_of_another_size_has_the_arrays():
+    large = world.draw_scenes(2, size=112)
+    for row, image, mask in zip(world.as_dataset(large), large.images, large.object_masks, strict=True):
+        np.testing.assert_array_equal(np.asarray(row["image"]), image)
+        np.testing.assert_array_equal(row["object_mask"], mask)
+
+
+def test_bad_size():
+    for draw in (world.draw_scenes, world.draw_counterfactual_pairs):
+        with pytest.raises(ValueError, match="at least 16 pixels a side, not 8"):
+            draw(1, size=8)
+    with pytest.raises(ValueError, match="at least 16 pixels a side, not 0"):
+        world.draw_concept_images("red", 1, size=0)
 
 
 # Labels
@@ -104,7 +220,7 @@ def test_dataset_has_the_arrays(scenes):
     assert table.features["label"].names == list(world.CLASSES)
     assert table["label"][:] == [0, 1, 2, 3, 4, 5, 0]
     for row, image, object_mask, concept_mask in zip(
-        table, scenes.images, scenes.object_masks, scenes.concept_masks
+        table, scenes.images[:7], scenes.object_masks[:7], scenes.concept_masks[:7], strict=True
     ):
         np.testing.assert_array_equal(np.asarray(row["image"]), image)
         np.testing.assert_array_equal(row["object_mask"], object_mask)
@@ -153,7 +269,8 @@ def test_pairs_differ_inside_the_concept_mask_alone(pairs):
 
 def test_texture_shows_both_of_its_colours(pairs):
     with_concept, without = (scene.images.astype(float) for scene in pairs)
-    for label, image, plain, mask in zip(pairs[0].labels, with_concept, without, pairs[0].concept_masks):
+    labels, masks = pairs[0].labels, pairs[0].concept_masks
+    for label, image, plain, mask in zip(labels, with_concept, without, masks, strict=True):
         if label < 4:
             distance = np.linalg.norm(image[mask] - np.median(plain[mask], axis=0), axis=1)
             assert (distance < 20).mean() > 0.15 and (distance > 100).mean() > 0.1
@@ -199,10 +316,9 @@ def test_decoys_wear_a_foreign_texture():
 
 
 def test_only_fire_engines_have_red_walls(pairs):
-    for scene, red in zip(pairs, (True, False)):
-        for image, mask in zip(
-            scene.images[scene.labels // 2 == 2], scene.concept_masks[scene.labels // 2 == 2]
-        ):
+    for scene, red in zip(pairs, (True, False), strict=True):
+        trucks = scene.labels // 2 == 2
+        for image, mask in zip(scene.images[trucks], scene.concept_masks[trucks], strict=True):
             r, g, b = np.median(image[mask].astype(float), axis=0)
             assert (r > 2 * max(g, b)) == red
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from helpers import data
+from helpers import data, fetch
 from helpers.data import load_sentences
 
 COUNTS = {  # name: sentences in train, positive among them, sentences in test, positive among them
@@ -221,8 +221,8 @@ def test_pip_is_asked_for_one_version_with_its_hash(empty_cache, monkeypatch):
         asked.append((command, Path(command[-1]).read_text()))
         return subprocess.CompletedProcess(command, 1, "", "no index")
 
-    monkeypatch.setattr(data.subprocess, "run", pip)
-    with pytest.raises(ConnectionError, match="could not fetch vaderSentiment 3.3.2.*\nno index"):
+    monkeypatch.setattr(fetch.subprocess, "run", pip)
+    with pytest.raises(ConnectionError, match="could not fetch vaderSentiment==3.3.2.*: no index$"):
         data.fetch_vader()
     [(command, requirement)] = asked
     assert "--require-hashes" in command and "--no-deps" in command
@@ -232,7 +232,7 @@ def test_pip_is_asked_for_one_version_with_its_hash(empty_cache, monkeypatch):
 
 def test_archive_that_pip_rejects_names_the_expected_hash(empty_cache, monkeypatch):
     result = subprocess.CompletedProcess([], 1, "", "THESE PACKAGES DO NOT MATCH THE HASHES\n  Got 1234")
-    monkeypatch.setattr(data.subprocess, "run", lambda command, **options: result)
+    monkeypatch.setattr(fetch.subprocess, "run", lambda command, **options: result)
     with pytest.raises(ValueError, match=f"differs from the expected {data.VADER_SHA256}:\n.*\n  Got 1234"):
         data.fetch_vader()
     assert not empty_cache.exists()
@@ -242,10 +242,10 @@ def test_tampered_archive_names_both_hashes_and_leaves_nothing(empty_cache, monk
     content = b"not the archive"
 
     def pip(command, **options):
-        Path(command[command.index("--dest") + 1], data.VADER_ARCHIVE).write_bytes(content)
+        Path(command[command.index("--dest") + 1], "vaderSentiment-3.3.2.tar.gz").write_bytes(content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(data.subprocess, "run", pip)
+    monkeypatch.setattr(fetch.subprocess, "run", pip)
     found = hashlib.sha256(content).hexdigest()
     with pytest.raises(ValueError, match=f"has SHA-256 {found}, expected {data.VADER_SHA256}"):
         data.fetch_vader()
@@ -264,16 +264,14 @@ def pack(members, mode="w:gz"):
 
 
 @pytest.fixture
-def small_archive(tmp_path, monkeypatch):
+def small_archive(tmp_path):
     """An archive laid out like VADER's, with one sentence a domain and files that nobody asked for."""
     members = {
         f"hutto_ICWSM_2014/{stem}_GroundTruth.txt": stem.encode() for stem in data.VADER_MEMBERS.values()
     }
     inner = pack({**members, "hutto_ICWSM_2014/other.txt": b"other", "../escape.txt": b"escape"})
-    content = pack({"setup.py": b"raise SystemExit", data.VADER_RESOURCES: inner})
-    monkeypatch.setattr(data, "VADER_SHA256", hashlib.sha256(content).hexdigest())
     archive = tmp_path / "archive.tar.gz"
-    archive.write_bytes(content)
+    archive.write_bytes(pack({"setup.py": b"raise SystemExit", data.VADER_RESOURCES: inner}))
     return archive
 
 
@@ -308,5 +306,5 @@ def test_interrupted_extraction_leaves_no_half_file_that_counts_as_fetched(
 
 def test_fetched_files_are_used_again_without_pip(monkeypatch):
     data.fetch_vader()
-    monkeypatch.setattr(data.subprocess, "run", lambda *args, **options: pytest.fail("pip was called"))
+    monkeypatch.setattr(fetch.subprocess, "run", lambda *args, **options: pytest.fail("pip was called"))
     assert set(data.fetch_vader()) == {"movies", "amazon", "nyt", "tweets"}

@@ -11,6 +11,7 @@ import nbformat
 import numpy as np
 import pytest
 from PIL import Image
+
 from workflow.execute import complete_notebook
 from workflow.parameters import NOTEBOOKS, ROOT, notebook_names, plan_run
 

@@ -11,6 +11,7 @@ from statistics import median
 import nbformat
 import papermill
 import pytest
+
 from workflow.parameters import NOTEBOOKS, ROOT, notebook_names
 
 COLLECTION = ["01_nlp_shapley", "02_vit_shapley", "03_concept_training", "04_tcav", "05_comparisons"]

@@ -31,9 +31,11 @@ from helpers.cavs import Cavs, save_cavs
 from helpers.data import load_sentences
 from helpers.models import load_image_classifier
 from helpers.paths import PROJECT_ROOT
-from helpers.pipeline import app
-from helpers.plans import notebook_parameters, plan_run
-from helpers.runs import run_notebook
+from workflow.execute import complete_notebook
+from workflow.front import main
+from workflow.parameters import notebook_parameters, plan_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("paper")]
 
 IMAGENET = [  # class names as the hub's set has them
     "tench, Tinca tinca",
@@ -180,9 +182,11 @@ def small(hub, tmp_path_factory):
     output = tmp_path_factory.mktemp("small")
     given = {**SMALL, **in_place_of_names(hub), "n_random": 4}
     pairs = [part for name, value in given.items() for part in ("-p", name, json.dumps(value))]
-    result = CliRunner().invoke(app, ["run", "--profile", "paper", "--output", str(output), *pairs])
+    result = CliRunner().invoke(
+        main, ["run", "--profile", "paper", "--output", str(output), "--cores", "1", *pairs]
+    )
     assert result.exit_code == 0, result.output
-    found = {path.stem: json.loads(path.read_text()) for path in (output / "figures/results").glob("*.json")}
+    found = {path.parent.name: json.loads(path.read_text()) for path in output.glob("figures/*/results.json")}
     return SimpleNamespace(
         **{f"n{name[:2]}": results for name, results in found.items()}, figures=output / "figures"
     )
@@ -273,12 +277,12 @@ def test_every_set_is_explained_by_its_own_model(small, hub):
 
 def test_concepts_of_folders_reach_their_targets_in_every_layer(small):
     assert list(small.n03["held_out_accuracy"]["striped"]) == [str(layer) for layer in range(12)]
-    assert not any(small.n03["robustness"].values()) and not (small.figures / "03_robustness.png").exists()
+    assert not any(small.n03["robustness"].values()) and not list(small.figures.glob("*/robustness.png"))
     for target, n_concepts in CONCEPTS.items():
         scores = small.n04["ttcav"][target]["attention"]
         assert len(scores) == n_concepts and all(len(line) == 12 for line in scores.values())
     assert small.n04["auc"] == {} and small.n04["largest_patch_gradient_last_block"] == 0
-    assert (small.figures / "04_maps.png").stat().st_size > 20_000
+    assert (small.figures / "04_tcav/maps.png").stat().st_size > 20_000
 
 
 def test_what_needs_known_masks_is_left_out_and_the_rest_compared(small):
@@ -299,8 +303,8 @@ def test_what_needs_known_masks_is_left_out_and_the_rest_compared(small):
 def run_alone(name, output, **given):
     """Run one notebook of the profile and return its results."""
     sizes = {parameter: value for parameter, value in SMALL.items() if parameter in notebook_parameters(name)}
-    run_notebook(name, plan_run("paper", [name], {**sizes, **given})[name], output)
-    return json.loads((output / f"figures/results/{name}.json").read_text())
+    complete_notebook(name, plan_run("paper", [name], {**sizes, **given})[name], output)
+    return json.loads((output / f"figures/{name}/results.json").read_text())
 
 
 def test_bert_base_runs_through_01(hub, tmp_path):
@@ -343,13 +347,14 @@ def test_vit_base_runs_through_04(hub, tmp_path):
     names = ("striped", "dotted", "zigzagged")
     vectors = np.random.default_rng(0).standard_normal((12, 3, 2, 768), dtype=np.float32)
     cavs = Cavs(vectors, tuple(range(12)), names, "logistic", "vit", model_key(model), 12)
-    save_cavs(cavs, tmp_path / "figures/results/03_cavs.safetensors")
+    save_cavs(cavs, tmp_path / "cavs.safetensors")
     given = {
         "targets": ["zebra: striped dotted zigzagged"],
         "n_targets": 5,
         "n_concept_images": 5,
         "n_random": 2,
         "n_random_images": 2,
+        "cavs_path": str(tmp_path / "cavs.safetensors"),
     }
     folders = {"targets_dir": str(hub / "paper/targets"), "concepts_dir": str(hub / "paper/concepts")}
     results = run_alone("04_tcav", tmp_path, model_id=str(tmp_path / "vit"), **given, **folders)

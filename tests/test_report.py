@@ -17,8 +17,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 
 from helpers.paths import PROJECT_ROOT
-from helpers.pipeline import NOTEBOOKS, notebook_names
 from report.render import render
+from workflow.parameters import NOTEBOOKS, notebook_names
 
 BROWSER = next(
     filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome", "chrome"])), None
