@@ -133,9 +133,7 @@ def fit_logistic(x, image, positive, negative) -> torch.Tensor:
 
 
 def _gradient(x, member, label, w):
-    """Return the gradient (hidden + 1, draws) of ½ ‖w‖² + Σ over members of log(1 + exp z) − label · z, z =
-    x · w.
-    """
+    """Return the gradient (hidden + 1, draws) of ½ ‖w‖² + Σ log(1 + exp z) − label · z of the members."""
     residual = torch.sigmoid_(x @ w.to(x)).mul_(member).sub_(label)
     gradient = (x.T @ residual).double()
     gradient[:-1] += w[:-1]  # the intercept carries no penalty
@@ -143,16 +141,12 @@ def _gradient(x, member, label, w):
 
 
 def _angle(gradient, w):
-    """Return how far w may be from the optimum, by its length: the penalty makes the loss 1-strongly
-    convex.
-    """
+    """Return how far w may be from its optimum, by its length: the loss is 1-strongly convex."""
     return gradient.norm(dim=0) / w[:-1].norm(dim=0)
 
 
 def _move(x, member, label, w, gradient, step):
-    """Return (w, gradient) after a step, made shorter by the secant rule where the slope along it turns
-    steeply.
-    """
+    """Return (w, gradient) after a step, shortened by the secant rule where the slope turns steeply."""
     slope, length = (gradient * step).sum(0), torch.ones_like(step[0])
     after = _gradient(x, member, label, w + step)
     for _ in range(TRIES):
@@ -166,9 +160,7 @@ def _move(x, member, label, w, gradient, step):
 
 
 def _newton(x, member, label):
-    """Return the solution (hidden + 1, 1) of one regression, about, and a Cholesky factor of the curvature
-    there.
-    """
+    """Return the solution (hidden + 1, 1) of one regression, about, and its curvature, factored."""
     w = x.new_zeros(x.shape[1], 1, dtype=torch.float64)
     gradient = _gradient(x, member, label, w)
     for _ in range(STEPS):

@@ -90,6 +90,9 @@ def test_relative_cavs_contrast_with_as_many_images_of_the_other_concepts():
             and (draws[:, ~own] <= 0).all()
         )
         assert len(np.unique(draws < 0, axis=0)) > 4
+    alone = fit_cavs(sources, n_draws=8, kinds=MEAN, concepts=["b"])["mean_difference"]
+    np.testing.assert_array_equal(alone.vectors, cavs.vectors[:, 1:2])
+    assert alone.concepts == ("b",)
 
 
 def test_random_images_take_the_place_of_other_concepts():
@@ -278,6 +281,13 @@ def test_blocks_bound_memory_and_change_nothing(monkeypatch):
     for kind, (vectors, thresholds) in fit_directions(*data, KINDS).items():
         np.testing.assert_allclose(vectors, whole[kind][0], atol=1e-4)
         np.testing.assert_allclose(thresholds, whole[kind][1], atol=1e-3)
+
+
+def test_few_steps_are_enough(monkeypatch):
+    monkeypatch.setattr(directions, "STEPS", 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_directions(*uneven(1.0, n_images=60, n_draws=20, hidden=20))
 
 
 def test_fits_that_do_not_converge_are_told(monkeypatch):
