@@ -6,11 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from helpers.labels import resolve_target
-from helpers.models import check_explainable, full_precision, transformer_blocks
-
-GRADIENT_SCALE = (
-    2.0**8
-)  # gradients go through float16 enlarged, so that fewer become zero; exact in float32, a power of 2
+from helpers.models import GRADIENT_SCALE, check_explainable, full_precision, transformer_blocks
+from helpers.relevance import SHARE, relevance_rules, start_at_embeddings, times_input
 
 
 @dataclass
@@ -23,6 +20,9 @@ class AttentionMaps:
                their mean, if the heads were averaged while reading
     gradients  the same shape, derivative of the target's logit by each weight; None when not asked for
     real       (batch, tokens) bool, False at padding; None when nothing is padded
+    rules      of the backward pass: "none", or "attnlrp" as in `helpers.relevance`; then the gradient of a
+               weight is its half of the product with the values
+    relevance  (batch, tokens) gradient × input under the rules, from the same pass; None without rules
     """
 
     logits: torch.Tensor
@@ -30,10 +30,12 @@ class AttentionMaps:
     weights: torch.Tensor
     gradients: torch.Tensor | None = None
     real: torch.Tensor | None = None
+    rules: str = "none"
+    relevance: torch.Tensor | None = None
 
 
 def read_attention(
-    model, inputs, target=None, gradients: bool = False, mean_heads: bool = False
+    model, inputs, target=None, gradients: bool = False, mean_heads: bool = False, rules: str = "none"
 ) -> AttentionMaps:
     """Run one forward pass, with `gradients` one backward pass, and return the attention of every head.
 
@@ -43,39 +45,60 @@ def read_attention(
     gradients   also differentiate the target's logit by every attention weight
     mean_heads  average the heads of each layer as soon as it has run: all that the rows on attention alone
                 need, in a fraction of the memory. Not with gradients, which belong to single heads
+    rules       of the backward pass: "none" for the derivative, "attnlrp" for relevance: see
+                `helpers.relevance`. The result then has the relevance of the input, too
 
-    Raises ValueError for a model without eager attention, missing or non-finite maps, or an unknown target.
+    Raises ValueError for a model without eager attention, missing or non-finite maps, an unknown target, or
+    rules that are unknown, do not know the model, or come without gradients.
     """
+    if rules not in ("none", "attnlrp") or (rules != "none" and not gradients):
+        raise ValueError(
+            f"attention is read with rules 'none', or 'attnlrp' and gradients=True, "
+            f"not with rules={rules!r} and gradients={gradients}"
+        )
     if gradients and mean_heads:
         raise ValueError(
             "gradients belong to single heads; ask for gradients or for mean_heads, not for both"
         )
     check_explainable(model, inputs, gradients)
     check_eager(model)
-    embeddings, blocks = model.get_input_embeddings(), transformer_blocks(model) if mean_heads else ()
+    blocks = transformer_blocks(model) if mean_heads else ()
     attentions = [module for block in blocks for module in block.modules()]
-    with torch.set_grad_enabled(gradients), ExitStack() as hooks:
-        if gradients:  # the graph starts at the embeddings, so that frozen weights cost no gradient
-            hooks.callback(embeddings.register_forward_hook(_require_gradient).remove)
+    with torch.set_grad_enabled(gradients), relevance_rules(model, rules), ExitStack() as hooks:
+        embeddings = hooks.enter_context(start_at_embeddings(model)) if gradients else []
         for module in attentions:  # before transformers' own hooks, which keep what they see
             hooks.callback(module.register_forward_hook(_average_heads, prepend=True).remove)
         output = model(**inputs, output_attentions=True)
         maps = list(output.attentions or ())
         _check_maps(model, maps)
         chosen = resolve_target(model, output.logits, target)
-        found = []
+        found, relevance = [], None
         if gradients:
-            explained = output.logits.gather(1, chosen[:, None]).sum()
-            found = list(torch.autograd.grad(explained * GRADIENT_SCALE, maps))
+            explained = output.logits.gather(1, chosen[:, None]).sum() * GRADIENT_SCALE
+            wanted = maps if rules == "none" else [*maps, *embeddings]
+            found = list(torch.autograd.grad(explained, wanted))
+        if rules != "none":
+            relevance = times_input(model, inputs, embeddings[0], found.pop() / GRADIENT_SCALE)
     logits = output.logits.detach()
     del output  # the graph holds the maps; let it go before they are stacked
     weights = _stack(maps)
-    slopes = _stack(found).div_(GRADIENT_SCALE) if gradients else None
+    share = 1 if rules == "none" else SHARE
+    slopes = _stack(found).mul_(share / GRADIENT_SCALE) if gradients else None
     for values, what in ((weights, "attention weights"), (slopes, "gradients of the attention")):
         if values is not None and not torch.isfinite(values).all():
             raise ValueError(f"the {what} hold NaN or infinity; check the model's weights, or its precision")
     real = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-    return AttentionMaps(logits, chosen, weights, slopes, real)
+    return AttentionMaps(logits, chosen, weights, slopes, real, rules, relevance)
+
+
+def check_gradients(maps: AttentionMaps, what: str, rules: str = "none") -> torch.Tensor:
+    """Return the gradients of the maps. Raises ValueError where there are none, or of other rules."""
+    call = f"read_attention(..., gradients=True{'' if rules == 'none' else f', rules={rules!r}'})"
+    if maps.gradients is None:
+        raise ValueError(f"{what} needs gradients; call {call}")
+    if maps.rules != rules:
+        raise ValueError(f"{what} needs gradients of rules {rules!r}, not of {maps.rules!r}; call {call}")
+    return maps.gradients
 
 
 def check_eager(model) -> None:
@@ -133,10 +156,6 @@ def record_value_norms(model):
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _require_gradient(module, args, output):
-    return output.requires_grad_()
 
 
 def _average_heads(module, args, output):

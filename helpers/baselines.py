@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from helpers.attention import GRADIENT_SCALE, AttentionMaps
+from helpers.attention import AttentionMaps, check_gradients
 from helpers.estimators import enumerate_shapley, sampled_shapley
 from helpers.faithfulness import check_mask_token, erased_probabilities
 from helpers.images import replacement_pixels, sum_over_patches
 from helpers.labels import resolve_target
-from helpers.models import check_explainable, check_players, fast_attention
+from helpers.models import GRADIENT_SCALE, check_explainable, check_players, fast_attention
 from helpers.runtime import in_batches
 from helpers.text import encode, token_players
 
@@ -43,11 +43,11 @@ def attention_received(maps: AttentionMaps) -> torch.Tensor:
 def grad_sam(maps: AttentionMaps) -> torch.Tensor:
     """Return Grad-SAM: r_i = 1/(L·H·T) Σ_{l,h} Σ_j [A ∘ ReLU(∂y/∂A)]_{ij}, T the number of real tokens.
 
-    Source: Barkan et al. (2021), Grad-SAM. Raises ValueError where the gradients were not read.
+    Source: Barkan et al. (2021), Grad-SAM. Raises ValueError where the gradients were not read, or by
+    rules.
     """
-    if maps.gradients is None:
-        raise ValueError("Grad-SAM needs gradients; call read_attention(..., gradients=True)")
-    layers = zip(maps.weights.unbind(1), maps.gradients.unbind(1), strict=True)
+    slopes = check_gradients(maps, "Grad-SAM")
+    layers = zip(maps.weights.unbind(1), slopes.unbind(1), strict=True)
     relevance = sum((weights * gradients.relu()).sum((1, 3)) for weights, gradients in layers)
     return relevance / (_n_maps(maps) * _real_tokens(maps).sum(-1, keepdim=True))
 
@@ -62,6 +62,25 @@ def attention_rollout(maps: AttentionMaps, cls: int = 0) -> torch.Tensor:
     for layer in reversed(maps.weights.unbind(1)):  # from the last layer down, only the cls row is carried
         flow = (flow @ layer.mean(1) + flow) / 2
     return flow.squeeze(1)
+
+
+def chefer_relevance(maps: AttentionMaps, signed: bool = False, cls: int = 0) -> torch.Tensor:
+    """Return Chefer's relevance of each token to the class token: R = I; R ← R + mean_h ReLU(A ∘ ∂y/∂A) · R
+    for each layer, the first one first; r = R[cls] − I[cls].
+
+    signed  leave out the ReLU, so that what speaks against the class counts against
+
+    Source: Chefer et al. (2021), generic attention explainability, arXiv 2103.15679. Raises ValueError as
+    `grad_sam` does.
+    """
+    slopes = check_gradients(maps, "Chefer's relevance")
+    start = torch.eye(maps.weights.shape[-1], dtype=maps.weights.dtype, device=maps.weights.device)[cls]
+    flow = start.expand(len(maps.weights), 1, -1)
+    layers = list(zip(maps.weights.unbind(1), slopes.unbind(1), strict=True))
+    for weights, gradients in reversed(layers):  # only the cls row is carried, as in `attention_rollout`
+        step = weights * gradients
+        flow = flow + flow @ (step if signed else step.relu()).mean(1)
+    return flow.squeeze(1) - start
 
 
 def random_attributions(players: torch.Tensor, seed: int = 0) -> torch.Tensor:

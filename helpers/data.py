@@ -86,6 +86,7 @@ def extract_vader(archive: Path, paths: dict[str, Path]) -> None:
     with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(VADER_RESOURCES)) as inner:
         for path in paths.values():
             source = inner.extractfile(f"hutto_ICWSM_2014/{path.name}")
+            assert source is not None
             with written_whole(path) as unfinished, unfinished.open("wb") as target:
                 shutil.copyfileobj(source, target)
 

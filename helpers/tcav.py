@@ -13,9 +13,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from helpers.activations import block_outputs, check_outputs
-from helpers.attention import GRADIENT_SCALE, check_eager
+from helpers.attention import check_eager
 from helpers.labels import find_class, resolve_target
-from helpers.models import check_explainable, full_precision
+from helpers.models import GRADIENT_SCALE, check_explainable, full_precision
 
 KINDS = ("logistic", "pattern", "fisher", "mean_difference")
 ALIKE = "positive and negative rows are alike, so no direction separates them; use other images"

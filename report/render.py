@@ -77,9 +77,7 @@ def _read_executed(source: Path) -> dict:
         ]
         code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
         if not _error(notebook) and any(cell.execution_count is None for cell in code):
-            raise ValueError(
-                f"notebook {name} has not been executed; run `make figures`, or for another run `attention run`"
-            )
+            raise ValueError(f"notebook {name} has not been executed; run `make figures`, or `attention run`")
     return notebooks
 
 

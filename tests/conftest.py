@@ -31,7 +31,7 @@ torch.set_num_threads(1)  # for tiny tensors, threads cost more than they give
 settings.register_profile("repository", deadline=None, max_examples=12, derandomize=True, database=None)
 settings.load_profile("repository")
 
-LABELS = {0: "negative", 1: "neutral", 2: "positive"}
+LABELS = {0: "positive", 1: "negative", 2: "neutral"}  # in no order of the alphabet
 SENTENCES = [
     "a clever but not especially compelling film",
     "it never fails",
@@ -79,6 +79,15 @@ def build_text_classifier(architecture, vocabulary):
     return model.eval().requires_grad_(False)
 
 
+def with_mixed_predictions(model, tokenizer):
+    """Return the model with its last bias moved, so that it does not predict one class for all SENTENCES."""
+    head = [part for part in model.modules() if isinstance(part, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        head.bias -= model(**encode(SENTENCES, tokenizer, model)).logits.mean(0)
+        assert len(model(**encode(SENTENCES, tokenizer, model)).logits.argmax(-1).unique()) > 1
+    return model
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(get_model_path())
@@ -97,7 +106,7 @@ def roberta_tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def model(tokenizer):
-    return build_text_classifier("bert", len(tokenizer))
+    return with_mixed_predictions(build_text_classifier("bert", len(tokenizer)), tokenizer)
 
 
 @pytest.fixture
@@ -109,7 +118,7 @@ def precise_model(model):
 def text_classifier(request, tokenizer, roberta_tokenizer):
     """Each architecture in turn: (model, tokenizer)."""
     chosen = roberta_tokenizer if request.param == "roberta" else tokenizer
-    return build_text_classifier(request.param, len(chosen)), chosen
+    return with_mixed_predictions(build_text_classifier(request.param, len(chosen)), chosen), chosen
 
 
 @pytest.fixture

@@ -207,7 +207,7 @@ def test_image_scores_are_means_of_the_derivatives_whatever_the_batch(tokenizer,
     scores = image_scores(model, inputs, "neutral", cavs, batch_size=2)
     assert scores["relative"]["plain"].shape == (2, 3, 3, 4) and scores["random"]["cls"].shape == (2, 1, 3, 5)
     for row, text in enumerate(SENTENCES):
-        gradients, attention = token_gradients(model, encode([text], tokenizer, model), 1)
+        gradients, attention = token_gradients(model, encode([text], tokenizer, model), 2)
         for i, layer in enumerate((0, 2)):
             vectors = torch.tensor(cavs["relative"].vectors[i, 2])
             for weighting, derivatives in (

@@ -104,7 +104,7 @@ def test_probability_is_that_of_the_explained_class(batch):
     assert_close(
         erasure_scores(model, inputs, attributions, players, mask).probability, own.amax(-1), **ROUNDING
     )
-    named = erasure_scores(model, inputs, attributions, players, mask, target="positive")
+    named = erasure_scores(model, inputs, attributions, players, mask, target="neutral")
     numbered = erasure_scores(model, inputs, attributions, players, mask, target=torch.tensor([0, 2, 1]))
     assert_close(named.probability, own[:, 2], **ROUNDING)
     assert_close(numbered.probability, own[[0, 1, 2], [0, 2, 1]], **ROUNDING)

@@ -55,6 +55,10 @@ def test_names_that_are_numbers_come_before_numbers(model):
     assert class_numbers(model, ["0", "1", "2", "3"]) == {"0": 2, "1": 1, "2": 0}
 
 
+def test_label_as_it_is_written_comes_before_other_spellings(model):
+    assert class_numbers(named(model, "us", "US"), ["US", "us", "Us"]) == {"US": 1, "us": 0}
+
+
 def test_label_that_fits_several_classes_is_none_of_them(model):
     model = named(model, "crane, bird", "crane, machine", "dog")
     assert class_numbers(model, ["crane", "bird"]) == {"bird": 0}
@@ -66,7 +70,7 @@ def test_label_that_fits_several_classes_is_none_of_them(model):
 
 def test_unknown_label_is_named_with_the_nearest(model, tokenizer):
     with pytest.raises(
-        ValueError, match="'happy' is none of this model's 3 labels; .*'negative' or 'neutral'"
+        ValueError, match="'happy' is none of this model's 3 labels; .*'positive' or 'negative' or 'neutral'"
     ):
         read_attention(model, encode(SENTENCES, tokenizer, model), target="happy")
     with pytest.raises(ValueError, match="did you mean 'neutral'"):
@@ -128,16 +132,16 @@ def test_numbers_outside_the_model_name_set_and_classes(model, label):
     rows = load_sentences("movies", n_samples=2)
     wrong = rows.remove_columns("label").add_column("label", [0, label])
     with pytest.raises(
-        ValueError, match=rf"set 'movies' has labels \[{label}\].* negative, neutral, positive"
+        ValueError, match=rf"set 'movies' has labels \[{label}\].* positive, negative, neutral"
     ):
         align_labels(model, wrong, "movies")
 
 
 def test_default_sets_come_out_in_the_order_of_the_model(model):
     rows = load_sentences("movies", n_samples=40)
-    aligned = align_labels(model, rows, "movies")  # this model: negative, neutral, positive
-    assert {(old, new) for old, new in zip(rows["label"], aligned["label"], strict=True)} == {(0, 0), (1, 2)}
-    assert np.array_equal(np.array(aligned["rating"]) > 0, np.array(aligned["label"]) == 2)
+    aligned = align_labels(model, rows, "movies")  # this model: positive, negative, neutral
+    assert {(old, new) for old, new in zip(rows["label"], aligned["label"], strict=True)} == {(0, 1), (1, 0)}
+    assert np.array_equal(np.array(aligned["rating"]) > 0, np.array(aligned["label"]) == 0)
 
 
 # Targets

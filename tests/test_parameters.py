@@ -225,7 +225,10 @@ FAMILIES = "a list of families, each a list of two or more names"
         ("02_vit_shapley", "ks", [0, 10, 20, 50, 101], PERCENTS),
         ("02_vit_shapley", "ks", [-1, 0, 10, 20, 50], PERCENTS),
         ("02_vit_shapley", "ks", ["0", 10, 20, 50], PERCENTS),
-        ("02_vit_shapley", "ks", [0], PERCENTS),
+        *(
+            ("02_vit_shapley", "ks", [k for k in (0, 10, 20, 50) if k != at], PERCENTS)
+            for at in (0, 10, 20, 50)
+        ),
         ("04_tcav", "targets", [], LINES),
         ("04_tcav", "targets", ["zebra striped"], LINES),
         ("04_tcav", "targets", ["zebra: "], LINES),

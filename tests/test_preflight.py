@@ -340,5 +340,5 @@ def test_local_folders_stand_in_place_of_every_name(root, monkeypatch, tmp_path)
 
 def test_path_that_leads_nowhere_is_no_name_for_a_hub(monkeypatch):
     monkeypatch.setattr(preflight, "_out_of_reach", lambda: pytest.fail("the hub was asked for"))
-    for name in ("data/models/nowhere", "./nowhere/model", "/nowhere/model", "one/two/three"):
+    for name in ("data/nowhere", "./nowhere", "/nowhere", "~/nowhere", "one/two/three"):
         assert f"text model {name} (model_ids of 01) does not exist" in refused({"01": {"model_ids": [name]}})

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from importlib import import_module
 from pathlib import Path
@@ -25,13 +26,12 @@ import pandas as pd
 import papermill
 import pytest
 from click.testing import CliRunner
-from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
 WORKFLOW = Path(__file__).parents[1] / "workflow"
-MODULES = ["parameters", "provenance", "execute", "jobs", "front"]
+MODULES = ["parameters", "provenance", "execute", "jobs", "runs", "front"]
 PARAMETERS = """\
 n_samples: int = 10  # sentences
 sets: list = ["movies"]  # names
@@ -89,7 +89,7 @@ def project(tmp_path, monkeypatch):
     write_notebook(root, "01_first", "from helpers.games import width", RESULT)
     write_notebook(root, "02_second", "from helpers import plots", RESULT)
     write_notebook(root, "03_third", READ, RESULT)
-    ours = lambda: [name for name in sys.modules if name.split(".")[0] == "workflow"]
+    ours = lambda: [name for name in sys.modules if name.split(".")[0] in ("workflow", "helpers")]
     for name in ours():
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(root))
@@ -147,7 +147,10 @@ def start(project, *arguments, **variables):
 
 def finish(process, seconds=120):
     """Wait for a command; return its exit status and what it said."""
-    said = process.communicate(timeout=seconds)[0]
+    try:
+        said = process.communicate(timeout=seconds)[0]
+    finally:
+        process.kill()
     return process.returncode, said
 
 
@@ -401,6 +404,17 @@ def test_default_profile_is_published_when_all_of_it_is_finished(project, quick)
     assert states(project) == {**FINISHED, "01_first": "stale"}
     count = counted(project)
     assert invoke(project, "run").exit_code == 0 and states(project) == FINISHED and counted(project) == count
+    write_notebook(project.root, "01_first", RESULT, "(own / 'cavs.safetensors').touch()")
+    edit(
+        project.root / "notebooks/01_first.ipynb",
+        lambda notebook: notebook.cells[1].update(source=PARAMETERS.replace("10", "8")),
+    )
+    assert invoke(project, "run").exit_code == 0 and states(project) == FINISHED
+    results = [
+        folder / "figures/01_first/results.json" for folder in (project.root, project.root / "runs/default")
+    ]
+    assert results[0].read_bytes() == results[1].read_bytes()
+    assert not (figures / "01_first" / "cavs.safetensors").exists()  # vectors stay with the run
 
 
 def test_a_notebook_alone_chains_what_lies_in_its_folder_else_what_is_committed(project, quick):
@@ -603,9 +617,13 @@ def test_notebooks_run_side_by_side_with_one_thread_each_and_are_not_repeated(pr
     assert code == 0 and "3 of 3 notebooks were finished before" in said and counted(project) == ONCE
 
 
-def test_failure_holds_back_only_what_reads_from_it_and_the_same_command_resumes(project):
+def test_failure_holds_back_only_what_reads_from_it_and_the_same_command_resumes(project, quick):
+    invoke(project, "run", "--profile", "small", "--only", "01_first")
+    before = contents(project.root / "runs/small/figures")
+    (project.root / "count.txt").unlink()
     write_notebook(project.root, "01_first", "print('so far')", UNLUCKY, RESULT)
     (project.root / "unlucky").touch()
+    (project.root / "runs/small/logs/03_third.ipynb").touch()  # it failed once; now it is not even tried
     code, said = finish(start(project, "run", "--profile", "small"))
     log = project.root / "runs/small/logs/01_first.log"
     assert code == 1 and f"01_first failed: cell 5: RuntimeError: out of luck; log: {log}" in said
@@ -613,6 +631,8 @@ def test_failure_holds_back_only_what_reads_from_it_and_the_same_command_resumes
     assert "Error: 2 of 3 notebooks did not finish; the same command tries them again" in said
     assert "so far" in log.with_suffix(".ipynb").read_text() and "\x1b" not in log.read_text()
     assert states(project, "runs/small") == {**FINISHED, "01_first": "failed", "03_third": "missing"}
+    after = contents(project.root / "runs/small/figures")
+    assert {path: after.get(path) for path in before} == before  # of the run before
     (project.root / "unlucky").unlink()
     code, said = finish(start(project, "run", "--profile", "small"))
     assert code == 0 and "1 of 3 notebooks were finished before" in said
@@ -670,11 +690,16 @@ def test_two_commands_for_one_folder_run_each_notebook_once(project):
     )
 
 
-def test_who_executes_a_notebook_already_is_waited_for(project, quick):
-    with FileLock(project.root / "runs/small/.staging/01_first.lock") as lock:
-        assert lock.is_locked
-        found = project.provenance.notebook_state("01_first", "", project.root / "runs/small")
-    assert found == "running"
+def test_two_at_one_notebook_take_turns_and_the_second_finds_it_finished(project, quick):
+    write_notebook(project.root, "01_first", "time.sleep(0.3)", RESULT)
+    run, found = project.root / "runs" / "small", []
+    complete = lambda: found.append(project.execute.complete_notebook("01_first", {}, run))
+    both = [threading.Thread(target=complete) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert len(found) == 2 and found[0] == found[1] and counted(project) == ["01_first 10 0"]
 
 
 def test_grid_is_one_command_and_a_larger_one_adds(project):
@@ -693,6 +718,15 @@ def test_grid_is_one_command_and_a_larger_one_adds(project):
     code, said = finish(start(project, "sweep", grid))
     assert code == 0 and "2 of 3 notebooks were finished before" in said and len(counted(project)) == 3
     assert pd.read_csv(folder / "metrics.csv").run.nunique() == 3
+
+
+def test_metrics_are_of_what_is_finished_only(project, quick):
+    grid, folder = project.root / "grid.yaml", project.root / "runs" / "grid"
+    grid.write_text("notebooks: [02_second]\nparameters: {seed: [0, 1]}")
+    invoke(project, "sweep", grid)
+    assert project.runs.gather_metrics(folder) == 6
+    next(folder.rglob("results.json")).write_text('{"mean": 0}')
+    assert project.runs.gather_metrics(folder) == 3
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
@@ -714,9 +748,10 @@ def test_url_gets_all_of_a_run_and_is_resumed_from_another_machine(project, quic
     assert found == {"plan.json", *" ".join(map(of_each.format, FINISHED)).split()}
     fs.pipe_file(f"{far}/figures/01_first/results.json", b"{}")
     fs.rm_file(f"{far}/figures/02_second/results.json")
+    fs.pipe_file(f"{far}/figures/03_third/old.png", b"of an earlier version")
     assert states(project, url) == {"01_first": "stale", "02_second": "stale", "03_third": "finished"}
     assert invoke(project, *command).exit_code == 0 and states(project, url) == FINISHED
-    assert len(counted(project)) == 4  # what was here was brought there
+    assert len(counted(project)) == 4 and not fs.exists(f"{far}/figures/03_third/old.png")
 
 
 def test_options_after_two_dashes_are_for_snakemake(project):

@@ -224,6 +224,8 @@ def _main(folder: str, place: str, parent: str) -> None:
         said = log.read_text(encoding="utf8").splitlines()[-1] if told else f"{type(error).__name__}: {error}"
         print(f"{title} failed: {said}" + (f"; log: {log}" if told else ""), flush=True)
         sys.exit(1)
+    except KeyboardInterrupt:  # the front says that it was cut off
+        sys.exit(130)
 
 
 if __name__ == "__main__":

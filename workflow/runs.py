@@ -10,6 +10,8 @@ import click
 from workflow.parameters import ROOT, notebook_names, plan_run
 from workflow.provenance import notebook_state, plan_digests, read_provenance
 
+UNPUBLISHED = ".safetensors"  # megabytes of vectors, which stay with the run
+
 
 def recorded_runs(folder: Path) -> dict[str, dict]:
     """Return the runs that were ever asked for in `folder`, a single one named ".".
@@ -88,19 +90,20 @@ def publish_run(run: Path) -> Path:
         click.echo(f"the committed results stay until {', '.join(rest)} is finished, too")
         return run
     for name in plan:
-        provenance, record = read_provenance(name, run), f"figures/{name}/provenance.json"
-        files = {path: sha for path, sha in provenance["files"].items() if not path.endswith(".safetensors")}
-        for path in files:
+        record = f"figures/{name}/provenance.json"
+        found = read_provenance(name, run)
+        found["files"] = {path: sha for path, sha in found["files"].items() if not path.endswith(UNPUBLISHED)}
+        for path in found["files"]:
             _replace(ROOT / path, (run / path).read_bytes())
-        _replace(ROOT / record, json.dumps({**provenance, "files": files}, indent=1).encode())
+        _replace(ROOT / record, json.dumps(found, indent=1).encode())
         for path in (ROOT / "figures" / name).rglob("*"):
-            if path.is_file() and path.relative_to(ROOT).as_posix() not in {*files, record}:
+            if path.is_file() and path.relative_to(ROOT).as_posix() not in (record, *found["files"]):
                 path.unlink()
     return ROOT
 
 
 def _replace(target: Path, content: bytes) -> None:
-    """Give a file this content at once, unless it has it already."""
+    """Write a file at once, unless it holds that already."""
     if not target.is_file() or target.read_bytes() != content:
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f".running-{target.name}")

@@ -1,0 +1,207 @@
+"""Relevance of tokens: gradient × input under rules that change the backward pass alone, AttnLRP and CP-LRP.
+
+Built from the formulas of Ali et al. (2022, CP-LRP), arXiv 2202.07304, and Achtibat et al. (2024, AttnLRP),
+arXiv 2402.05602. Layer-wise relevance propagation is patented: free for personal and scientific purposes.
+The rules, with sg(·) for what the backward pass holds constant; all else is linear and keeps its gradient:
+
+    LayerNorm   (x − mean x) / sg(σ(x)) · γ + β
+    activation  x · sg(a(x) / x), and a'(0) where x = 0: ½ for GELU, 1 for tanh; ReLU is this rule already
+    attention   "cp": sg(A). "attnlrp": softmax stays; in both products, QKᵀ and A·V, each factor gets half,
+                which makes ½ at v and at A, and ½ · ½ at q and k, since A's gradient goes on to them
+"""
+
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from helpers.images import patch_grid
+from helpers.labels import resolve_target
+from helpers.models import GRADIENT_SCALE, check_explainable, full_precision, transformer_blocks
+
+RULES = ("none", "cp", "attnlrp")
+SHARE = 0.5  # of the gradient, for each factor of a product under attnlrp
+FAMILIES = ("bert", "distilbert", "roberta", "electra", "vit", "deit", "dinov2", "dinov2_with_registers")
+GELUS = [f"{name}Activation" for name in ("GELU", "NewGELU", "FastGELU", "QuickGELU", "AccurateGELU")]
+SLOPE_AT_ZERO = {
+    **dict.fromkeys(["GELU", "GELUTanh", *GELUS], 0.5),
+    "Tanh": 1.0,
+    "ReLU": 0.0,
+}  # class of an activation: a'(0)
+LINEAR = ("Linear", "Embedding", "Conv2d", "Dropout", "Identity", "ModuleList")  # need no rule
+LINEAR_ENDINGS = ("LayerScale", "DropPath")  # nor do these, of which each family has its own class
+PROJECTIONS = {
+    "query": ("query", "q_lin", "q_proj"),
+    "key": ("key", "k_lin", "k_proj"),
+    "value": ("value", "v_lin", "v_proj"),
+}
+
+
+@contextmanager
+def relevance_rules(model, rules: str = "attnlrp"):
+    """Let the enclosed passes of a BERT-like or ViT-like classifier go backward by the rules; outputs stay.
+
+    rules  "none", "cp" or "attnlrp", as above
+
+    Forward hooks alone, removed at the end, also after an error. Weights are not touched. Holds for eager and
+    for fused attention. Do not nest. Raises ValueError as `check_rules` does, before anything is computed.
+    """
+    check_rules(model, rules)
+    with ExitStack() as hooks:
+        if rules != "none":
+            for handle in _hooks(model, rules):
+                hooks.callback(handle.remove)
+        yield
+
+
+def gradient_times_input(model, inputs, target=None, rules: str = "none") -> torch.Tensor:
+    """Return r_t = Σ_d E_td ∂y/∂E_td, (batch, tokens), from one forward and one backward pass.
+
+    inputs  what the model takes: input_ids and attention_mask (batch, tokens), or pixel_values
+    target  explained class as in `read_attention`; y is its logit
+    rules   "none" for the plain gradient, "cp" or "attnlrp" for relevance
+
+    E are the word embeddings as the table has them, before positions, types and norm; of an image, what the
+    patch projection puts out, before positions. Special tokens have values like any word; padding, and the
+    tokens before an image's patches, which are the same for every image, get 0.
+    Raises ValueError for unknown rules, a model that they do not know, an unknown target, or values that are
+    not finite.
+    """
+    check_explainable(model, inputs, gradients=True)
+    with torch.enable_grad(), relevance_rules(model, rules), start_at_embeddings(model) as embeddings:
+        logits = model(**inputs).logits
+        chosen = resolve_target(model, logits, target)
+        explained = logits.gather(1, chosen[:, None]).sum()
+        (gradient,) = torch.autograd.grad(explained * GRADIENT_SCALE, embeddings)
+    return times_input(model, inputs, embeddings[0], gradient / GRADIENT_SCALE)
+
+
+@contextmanager
+def start_at_embeddings(model):
+    """Let the graph of the enclosed pass start at the word or patch embeddings.
+
+    Yields a list that holds them afterwards, one tensor (batch, words or patches, hidden).
+    """
+    embeddings = []
+
+    def start(module, args, output):
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(start)
+    try:
+        yield embeddings
+    finally:
+        handle.remove()
+
+
+def times_input(model, inputs, embeddings: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return Σ_d E_td g_td for every token (batch, tokens), 0 before an image's patches."""
+    dtype = full_precision(embeddings.dtype)
+    values = (embeddings.detach().to(dtype) * gradient.to(dtype)).sum(-1)
+    if not torch.isfinite(values).all():
+        raise ValueError("gradient × input holds NaN or infinity; check the weights or the precision")
+    if "pixel_values" in inputs:
+        prefix, *_ = patch_grid(model, inputs["pixel_values"].shape[-2:])
+        values = nn.functional.pad(values, (prefix, 0))
+    return values
+
+
+def check_rules(model, rules: str) -> None:
+    """Raise ValueError for unknown rules, or for an activation or norm that they do not know, by its name."""
+    if rules not in RULES:
+        raise ValueError(f"rules {rules!r} are unknown; use one of {', '.join(RULES)}")
+    if rules == "none":
+        return
+    parts = {type(part).__name__ for part in model.modules() if next(part.children(), None) is None}
+    unknown = sorted(parts - {*SLOPE_AT_ZERO, *LINEAR, "LayerNorm"})
+    unknown = [part for part in unknown if not part.endswith(LINEAR_ENDINGS)]
+    name, family = type(model).__name__, model.config.model_type
+    if unknown or family not in FAMILIES:
+        what = f"has {', '.join(unknown)}" if unknown else f"is of the family {family!r}"
+        raise ValueError(
+            f"{name} {what}, for which there is no rule of relevance; use rules='none', or a model of "
+            f"the families {', '.join(FAMILIES)} with GELU, ReLU or tanh and LayerNorm"
+        )
+    for block in transformer_blocks(model):
+        for role, names in PROJECTIONS.items():
+            if sum(path.rsplit(".")[-1] in names for path, _ in block.named_modules()) != 1:
+                raise ValueError(f"{name} has no single {role} projection a block, so no rule can reach it")
+
+
+class _Slope(torch.autograd.Function):
+    """Return `output` as it is; going back, x gets the gradient times `slope`, minus the mean if `centre`."""
+
+    @staticmethod
+    def forward(ctx, x, output, slope, centre):
+        ctx.save_for_backward(slope)
+        ctx.centre = centre
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (slope,) = ctx.saved_tensors
+        gradient = gradient * slope
+        if ctx.centre:
+            gradient = gradient - gradient.mean(-1, keepdim=True)
+        return gradient, None, None, None
+
+
+def _hooks(model, rules: str):
+    """Register the hooks one by one, and yield their handles."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            yield module.register_forward_hook(_norm_rule)
+        elif type(module).__name__ in SLOPE_AT_ZERO:
+            yield module.register_forward_hook(_activation_rule)
+        parts = dict(module.named_children())
+        if {
+            "dense",
+            "out_proj",
+        } <= parts.keys() and "activation" not in parts:  # RoBERTa's head calls torch.tanh
+            yield from _tanh_between(parts["dense"], parts["out_proj"])
+    factors = {"query": SHARE * SHARE, "key": SHARE * SHARE, "value": SHARE}
+    if rules == "cp":
+        factors = {"query": 0, "key": 0, "value": 1}
+    for block in transformer_blocks(model):
+        for path, module in block.named_modules():
+            for role, names in PROJECTIONS.items():
+                if path.rsplit(".")[-1] in names and factors[role] != 1:
+                    yield module.register_forward_hook(_scaling(factors[role]))
+
+
+def _norm_rule(module, args, output):
+    x = args[0].detach().to(full_precision(args[0].dtype))
+    slope = torch.native_layer_norm(x, module.normalized_shape, None, None, module.eps)[2]  # 1 / σ
+    slope = slope if module.weight is None else slope * module.weight.detach()
+    return _Slope.apply(args[0], output.detach(), slope, True)
+
+
+def _activation_rule(module, args, output):
+    return _secant(args[0], output, SLOPE_AT_ZERO[type(module).__name__])
+
+
+def _secant(x, output, at_zero: float):
+    """Return the activation's output, linear in x going back, with the slope a(x) / x."""
+    slope = (output.detach() / x.detach()).nan_to_num_(at_zero)  # 0 / 0 becomes the limit
+    return _Slope.apply(x, output.detach(), slope, False)
+
+
+def _tanh_between(first, second):
+    """Give a tanh that is no module the rule, from the output of one layer to the input of the next."""
+    seen = []
+    yield first.register_forward_hook(lambda module, args, output: seen.append(output))
+    yield second.register_forward_pre_hook(lambda module, args: (_secant(seen.pop(), args[0], 1.0),))
+
+
+def _scaling(factor: float):
+    """Return a forward hook that scales the gradient of what a module puts out."""
+
+    def scale(module, args, output):
+        if factor == 0:
+            return output.detach()
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * factor)
+        return None
+
+    return scale
