@@ -239,15 +239,12 @@ def test_model_is_plain_frozen_and_gives_attention(classifier):
     assert maps.weights.shape == (2, 12, 6, 65, 65) and maps.gradients[:, -1, :, 1:].abs().max() > 0
 
 
-@pytest.mark.parametrize(
-    ("folder", "accuracy", "decoys", "pairs"),
-    [(FOLDERS[0], 0.99, 0.98, 0.98), (FOLDERS[1], 0.99, 0.97, 0.98)],
-)
-def test_recipe_measured_what_the_notebooks_need(folder, accuracy, decoys, pairs):
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_recipe_measured_what_the_notebooks_need(folder):
     report = json.loads((PROJECT_ROOT / folder / "accuracy.json").read_text())
     assert report["n_scenes"] >= 2_000 and report["n_pairs"] >= 1_000 and report["n_decoys"] >= 1_000
-    assert report["accuracy"] >= accuracy and report["accuracy_on_decoys"] >= decoys
-    assert report["pairs_flipped"] >= pairs
+    assert report["accuracy"] >= 0.99
+    assert report["accuracy_on_decoys"] >= 0.98 and report["pairs_flipped"] >= 0.98
 
 
 def test_model_names_scenes_decoys_and_both_members_of_pairs(classifier):

@@ -1,6 +1,6 @@
 """Train the heads of the default image classifier: a DINOv2-small, its weights as they are, on drawn scenes.
 
-    python data/models/dinov2_scenes/train.py                 the committed heads, 8 minutes on one core
+    python data/models/dinov2_scenes/train.py                 the committed heads, 10 minutes on a quiet core
     python data/models/dinov2_scenes/train.py --n-train 600   a quick trial
 
 Every scene passes the backbone once; a logistic regression on what comes out is the head. Two are saved: on
