@@ -274,3 +274,25 @@ def test_shap_of_a_cut_text_explains_the_part_that_was_read(model, tokenizer):
     assert_close(
         cut, baselines.shap_values(model, tokenizer, ["a clever but not"], target=1), rtol=0, atol=1e-6
     )
+
+
+def test_each_input_of_a_later_batch_is_explained_for_its_own_class(batch):
+    model, inputs, players, mask = batch
+    target = torch.tensor([2, 0, 1])
+    whole = baselines.integrated_gradients(model, inputs, players, mask, target, n_steps=4)
+    parts = baselines.integrated_gradients(model, inputs, players, mask, target, n_steps=4, batch_size=1)
+    other = baselines.integrated_gradients(model, inputs, players, mask, target.flip(0), n_steps=4)
+    assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+    assert (whole - other).abs().sum(-1)[[0, 2]].min() > 1e-3
+
+
+def test_seeds_of_sampled_orders_do_not_overlap(model, tokenizer):
+    inputs = encode([SENTENCES[0]] * 2, tokenizer, model)
+    players = token_players(inputs, tokenizer)
+    first, second = (
+        baselines.shapley_input_sampled(
+            model, inputs, players, tokenizer.mask_token_id, n_permutations=1, seed=seed
+        )
+        for seed in (0, 1)
+    )
+    assert not torch.equal(first[1], second[0]) and not torch.equal(first[0], first[1])
