@@ -11,12 +11,9 @@ object. Any size shows the same scene: lengths are in 64ths of the frame, the pi
 
 import difflib
 import functools
-import io
 from typing import NamedTuple
 
-import datasets
 import numpy as np
-import PIL.Image
 
 SIZE = 64  # pixels a side by default, and the length that all others are given in
 BLOCK = (
@@ -147,26 +144,6 @@ def draw_concept_images(concept, n_images, seed=0, size=SIZE):
     for block, rng in _blocks(n_images, seed, stream=1 + concepts.index(concept)):
         images[block] = _to_bytes(_paint_concept(rng, size, kind, *colour))[: block.stop - block.start]
     return images
-
-
-def as_dataset(scenes):
-    """Wrap Scenes as a datasets.Dataset with the columns image, label (ClassLabel), object_mask and
-    concept_mask.
-    """
-    mask = datasets.Array2D(scenes.object_masks.shape[1:], "bool")
-    features = datasets.Features(
-        image=datasets.Image(),
-        label=datasets.ClassLabel(names=list(CLASSES)),
-        object_mask=mask,
-        concept_mask=mask,
-    )
-    columns = {
-        "image": [{"bytes": _bitmap(image), "path": None} for image in scenes.images],
-        "label": scenes.labels,
-        "object_mask": scenes.object_masks,
-        "concept_mask": scenes.concept_masks,
-    }
-    return datasets.Dataset.from_dict(columns, features=features)
 
 
 # Painting. Functions that take a generator draw for a whole block, however many images of it are wanted.
@@ -380,13 +357,6 @@ def _blocks(n_images, seed, stream):
 
 def _to_bytes(images):
     return (images * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-def _bitmap(image):
-    """An uncompressed image file: quick to write, and any reader of images opens it."""
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(image).save(buffer, "bmp")
-    return buffer.getvalue()
 
 
 def _check_count(count, size):

@@ -176,13 +176,6 @@ def test_object_mask_at_112_is_true_to_the_pixel():
     assert differs[horse.object_masks ^ van.object_masks].mean() > 0.98
 
 
-def test_dataset_of_another_size_has_the_arrays():
-    large = world.draw_scenes(2, size=112)
-    for row, image, mask in zip(world.as_dataset(large), large.images, large.object_masks, strict=True):
-        np.testing.assert_array_equal(np.asarray(row["image"]), image)
-        np.testing.assert_array_equal(row["object_mask"], mask)
-
-
 def test_bad_size():
     for draw in (world.draw_scenes, world.draw_counterfactual_pairs):
         with pytest.raises(ValueError, match="at least 16 pixels a side, not 8"):
@@ -213,18 +206,6 @@ def test_shape_follows_the_label():
     assert (heights[0] > 1.1 * heights[1]).all() and (heights[0] > 1.1 * heights[2]).all()
     areas = [scene.object_masks.sum(axis=(1, 2)) for scene in (horse, dog, van)]
     assert (areas[2] > 1.1 * areas[0]).all() and (areas[0] > 1.1 * areas[1]).all()
-
-
-def test_dataset_has_the_arrays(scenes):
-    table = world.as_dataset(world.Scenes(*(column[:7] for column in scenes)))
-    assert table.features["label"].names == list(world.CLASSES)
-    assert table["label"][:] == [0, 1, 2, 3, 4, 5, 0]
-    for row, image, object_mask, concept_mask in zip(
-        table, scenes.images[:7], scenes.object_masks[:7], scenes.concept_masks[:7], strict=True
-    ):
-        np.testing.assert_array_equal(np.asarray(row["image"]), image)
-        np.testing.assert_array_equal(row["object_mask"], object_mask)
-        np.testing.assert_array_equal(row["concept_mask"], concept_mask)
 
 
 # Masks

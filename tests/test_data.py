@@ -167,6 +167,60 @@ def test_set_without_a_labelled_split_is_refused_by_name(tmp_path):
         load_sentences(str(tmp_path / "mine"))
 
 
+@pytest.mark.parametrize("file", ["reviews.csv", "reviews.json", "data/reviews.parquet"])
+def test_single_file_without_a_split_in_its_name_is_the_test_set(tmp_path, file):
+    path = tmp_path / "mine" / file
+    path.parent.mkdir(parents=True)
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]})
+    getattr(rows, f"to_{path.suffix[1:]}")(path)
+    assert load_sentences(str(tmp_path / "mine"))["text"][:] == ["a", "b"]
+    with pytest.raises(ValueError, match="has no split 'train' with labels; it has test"):
+        load_sentences(str(tmp_path / "mine"), "train")
+
+
+def test_file_that_is_called_train_is_no_test_set(tmp_path):
+    Dataset.from_dict({"text": ["a"], "label": [1]}).to_csv(tmp_path / "train.csv")
+    with pytest.raises(ValueError, match="has no split 'test' with labels; it has train"):
+        load_sentences(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("test.parquet", b"PAR1 cut off"),
+        ("test.json", b'{"text": ["a"'),
+        ("test.csv", b'text,label\n"a,1\n'),
+        ("test.csv", b"text,label\na,1\nb,0,3,4\n"),
+    ],
+)
+def test_broken_file_is_named_with_the_remedy(tmp_path, file, content):
+    (tmp_path / file).write_bytes(content)
+    Dataset.from_dict({"text": ["a"], "label": [1]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(
+        ValueError, match=rf"{file} of set .* cannot be read \(.*\); write or download it again"
+    ):
+        load_sentences(str(tmp_path))
+
+
+def test_folder_without_data_says_what_belongs_there(tmp_path):
+    (tmp_path / "notes.md").write_text("nothing")
+    with pytest.raises(ValueError, match="holds no parquet, CSV or JSON files; put some there"):
+        load_sentences(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"text": ["a", None], "label": [1, 0]}, "rows without a text"),
+        ({"text": ["a", "b"], "label": [1, None]}, "rows without a label"),
+        ({"text": ["a", "b"], "label": [0.5, 1.0]}, "labels that are no whole numbers"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_refused(own_set, columns, said):
+    with pytest.raises(ValueError, match=f"{said}"):
+        load_sentences(own_set(columns))
+
+
 def test_folder_whose_own_name_ends_in_short_is_found(own_set, tmp_path):
     Path(own_set({"text": ["good " * 20], "label": [1]})).rename(tmp_path / "my_short")
     assert len(load_sentences(str(tmp_path / "my_short"))) == 1

@@ -53,6 +53,7 @@ SMALL = {  # sizes; all else is the profile's own
     "n_accuracy": 20,
     "n_shapley_input": 2,
     "max_players": 7,
+    "max_example_players": 7,
     "n_shap": 1,
     "ig_steps": 2,
     "n_random": 1,

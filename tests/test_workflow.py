@@ -586,6 +586,7 @@ def test_report_renders_the_collection_or_a_run(project, monkeypatch, arguments,
 # Commands as a user gives them
 
 
+@pytest.mark.slow
 def test_notebooks_run_side_by_side_with_one_thread_each_and_are_not_repeated(project):
     """Each waits for the other to begin, so one after the other they would never end."""
     meet = "\n".join(
@@ -617,6 +618,7 @@ def test_notebooks_run_side_by_side_with_one_thread_each_and_are_not_repeated(pr
     assert code == 0 and "3 of 3 notebooks were finished before" in said and counted(project) == ONCE
 
 
+@pytest.mark.slow
 def test_failure_holds_back_only_what_reads_from_it_and_the_same_command_resumes(project, quick):
     invoke(project, "run", "--profile", "small", "--only", "01_first")
     before = contents(project.root / "runs/small/figures")
@@ -641,6 +643,7 @@ def test_failure_holds_back_only_what_reads_from_it_and_the_same_command_resumes
 
 
 @pytest.mark.parametrize("victim", ["front", "executor", "kernel"])
+@pytest.mark.slow
 def test_whoever_is_killed_the_same_command_does_the_rest(project, quick, victim):
     """The front and Snakemake are one process; the executor holds the kernel."""
     command = ["run", "--profile", "small"]
@@ -674,6 +677,7 @@ def test_whoever_is_killed_the_same_command_does_the_rest(project, quick, victim
     assert not [path for path in (project.root / "runs/small/.staging").iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_two_commands_for_one_folder_run_each_notebook_once(project):
     write_notebook(project.root, "01_first", HOLD, RESULT)
     (project.root / "hold").touch()
@@ -702,6 +706,7 @@ def test_two_at_one_notebook_take_turns_and_the_second_finds_it_finished(project
     assert len(found) == 2 and found[0] == found[1] and counted(project) == ["01_first 10 0"]
 
 
+@pytest.mark.slow
 def test_grid_is_one_command_and_a_larger_one_adds(project):
     grid, folder = project.root / "grid.yaml", project.root / "runs" / "grid"
     grid.write_text("notebooks: [02_second]\nparameters: {n_samples: [4], sets: [[a], [b, c]]}")
@@ -754,6 +759,7 @@ def test_url_gets_all_of_a_run_and_is_resumed_from_another_machine(project, quic
     assert len(counted(project)) == 4 and not fs.exists(f"{far}/figures/03_third/old.png")
 
 
+@pytest.mark.slow
 def test_options_after_two_dashes_are_for_snakemake(project):
     code, said = finish(start(project, "run", "--profile", "small", "--", "--dry-run"))
     assert code == 0 and "rule notebook" in said and "figures/03_third/provenance.json" in said
