@@ -54,3 +54,11 @@ def test_missing_or_flat_folders_are_refused(folder):
         load_image_folder(folder / "nowhere")
     with pytest.raises(ValueError, match="striped/<name>"):
         load_image_folder(folder / "striped")
+
+
+def test_names_that_are_not_asked_for_are_not_read(folder):
+    (folder / "broken").mkdir()
+    (folder / "broken" / "0.png").write_text("no image, and too few of them")
+    assert list(load_image_folder(folder, names=["striped", "nowhere"])) == ["striped"]
+    with pytest.raises(ValueError, match="'broken' has 0 images"):
+        load_image_folder(folder)

@@ -151,3 +151,11 @@ def test_attribution_that_ranks_nothing_has_no_correlation():
     for few in ([True, True, False], [False, False, False]):
         players = torch.tensor([few, [True, True, True]])
         assert rank_correlations(first, first, players) == pytest.approx([math.nan, 1], nan_ok=True)
+
+
+def test_draws_of_all_seeds_and_steps_are_different(model, monkeypatch):
+    seeds, seed_all = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), seed_all(seed)))
+    for seed in range(3):
+        steps = [name for name, _ in randomisation_cascade(model, seed)]
+    assert len(set(seeds)) == len(seeds) == 3 * len(steps)

@@ -19,7 +19,7 @@ from helpers.estimators import (
     published_sampling,
     sampled_shapley,
 )
-from helpers.shapley import GAMES, attention_shapley, coalition_values, pairwise_matrix
+from helpers.shapley import GAMES, attention_shapley, coalition_values, pairwise_matrix, shapley_attributions
 
 PAIRWISE = ("mutual", "max_mutual")
 sizes = st.integers(1, 10)
@@ -456,3 +456,17 @@ def test_bad_sampling_arguments_are_refused():
         ValueError, match="budget of 3 coalitions does not pay for one permutation of 3 players"
     ):
         sampled_shapley(lambda coalitions: coalitions.sum(-1), 3, budget=3)
+
+
+def test_the_papers_attributions_go_by_their_names():
+    maps, players = random_maps(), torch.tensor([[False, True, True, True, False]]).expand(2, -1)
+    players = players[:, : maps.weights.shape[-1]]
+    found = shapley_attributions(maps, players)
+    named = {"Att": "attention", "Grad-Att": "gradient"}
+    games = {"CLS": "cls", "Mutual": "mutual", "Max-Mutual": "max_mutual"}
+    assert list(found) == [f"Shapley-{kind}-{game}" for kind in named for game in games]
+    for (kind, weighting), (name, game) in itertools.product(named.items(), games.items()):
+        expected = attention_shapley(pairwise_matrix(maps, weighting), players, game)
+        assert_close(found[f"Shapley-{kind}-{name}"], expected)
+    maps.gradients = None
+    assert list(shapley_attributions(maps, players)) == [f"Shapley-Att-{game}" for game in games]
