@@ -132,7 +132,7 @@ def _execute(name: str, target: Path, parameters: dict, log: Path) -> None:
                 progress_bar=False,
                 stdout_file=file,
                 stderr_file=file,
-                extra_arguments=["--log-level=CRITICAL"],  # its goodbyes are no news,
+                extra_arguments=["--log-level=CRITICAL"],  # its goodbyes are no news
             )
         except Exception as error:
             where = f"cell {error.exec_count}: " if isinstance(error, PapermillExecutionError) else ""
