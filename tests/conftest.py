@@ -2,6 +2,7 @@
 hub.
 """
 
+import importlib.util
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -24,6 +25,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from helpers.paths import PROJECT_ROOT
 from helpers.text import encode
 
 matplotlib.use("Agg")
@@ -86,6 +88,15 @@ def with_mixed_predictions(model, tokenizer):
         head.bias -= model(**encode(SENTENCES, tokenizer, model)).logits.mean(0)
         assert len(model(**encode(SENTENCES, tokenizer, model)).logits.argmax(-1).unique()) > 1
     return model
+
+
+@pytest.fixture(scope="session")
+def recipe():
+    """data/paper_images.py as a module."""
+    about = importlib.util.spec_from_file_location("paper_images", PROJECT_ROOT / "data" / "paper_images.py")
+    module = importlib.util.module_from_spec(about)
+    about.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

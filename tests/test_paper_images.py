@@ -1,6 +1,5 @@
 """The recipe of the paper's images names what is broken, and leaves out what is no image."""
 
-import importlib.util
 import io
 import json
 
@@ -9,17 +8,6 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
-
-from helpers.paths import PROJECT_ROOT
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    """data/paper_images.py as a module."""
-    about = importlib.util.spec_from_file_location("paper_images", PROJECT_ROOT / "data" / "paper_images.py")
-    module = importlib.util.module_from_spec(about)
-    about.loader.exec_module(module)
-    return module
 
 
 def picture(shade):

@@ -5,7 +5,6 @@ All five notebooks with small random models, then 01, 02 and 04 with models of t
 inputs.
 """
 
-import importlib.util
 import io
 import json
 import subprocess
@@ -122,15 +121,6 @@ def save_pictures(folder, names, count):
     features = Features(image=datasets.Image(), label=ClassLabel(names=names))
     rows = {"image": pictures, "label": [number % len(names) for number in range(len(pictures))]}
     Dataset.from_dict(rows, features).to_parquet(folder / "data/train-00000-of-00001.parquet")
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    """data/paper_images.py as a module."""
-    about = importlib.util.spec_from_file_location("paper_images", PROJECT_ROOT / "data" / "paper_images.py")
-    module = importlib.util.module_from_spec(about)
-    about.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
