@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.lib.format import open_memmap
 
 from helpers.models import transformer_blocks
@@ -105,8 +106,8 @@ def collect_activations(
     inputs  as for `token_activations`, with any number of rows; batches of `batch_size` go through the model
 
     The cache holds one NumPy file a layer, in a folder that is keyed by the content of the model and of the
-    inputs and by the precision, and moved into place when complete. A damaged one is rebuilt, with a
-    warning. Raises ValueError for layers that the model does not have.
+    inputs and by the precision, and moved into place when complete; of two processes one encodes. A damaged
+    one is rebuilt, with a warning. Raises ValueError for layers that the model does not have.
     """
     n_layers = len(transformer_blocks(model))
     layers = list(range(n_layers) if layers is None else layers)
@@ -114,10 +115,12 @@ def collect_activations(
         raise ValueError(f"layers {layers} are not among this model's, 0 to {n_layers - 1}")
     key = model_key(model)
     folder = Path(cache_dir, key, _digest(inputs, getattr(model, "_precision", "float32"))[:16])
-    rows = _open(folder, layers)
-    if not rows:
-        _encode(model, inputs, folder, batch_size, progress)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # a second process waits, and finds what the first has encoded
         rows = _open(folder, layers)
+        if not rows:
+            _encode(model, inputs, folder, batch_size, progress)
+            rows = _open(folder, layers)
     n_inputs = len(input_range(inputs))
     if "attention_mask" in inputs:
         lengths = inputs["attention_mask"].bool().sum(-1).cpu().numpy()
@@ -178,7 +181,6 @@ def _encode(model, inputs, folder: Path, batch_size: int, progress: bool) -> Non
             for part in token_activations(model, batch).values()
         ]
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         whole, start = Path(scratch, "whole"), 0
         files: list[np.ndarray] = []

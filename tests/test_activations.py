@@ -1,6 +1,8 @@
 """Activations are the model's own, and the cache gives back what was put in, or says that it cannot."""
 
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -79,7 +81,7 @@ def test_other_weights_settings_or_images_are_other_entries(vit, tmp_path):
     collect_activations(vit, pixels(2), cache_dir=tmp_path)
     key = activation_module.model_key(vit)
     collect_activations(vit, pixels(2, seed=1), cache_dir=tmp_path)
-    assert len(list((tmp_path / key).iterdir())) == 2
+    assert len([path for path in (tmp_path / key).iterdir() if path.is_dir()]) == 2
     vit.config.layer_norm_eps = 1e-3
     assert activation_module.model_key(vit) != key
     vit.config.layer_norm_eps = 1e-12
@@ -113,7 +115,22 @@ def test_an_interrupted_encoding_leaves_nothing_behind(vit, tmp_path, monkeypatc
     monkeypatch.setattr(activation_module, "token_activations", lambda model, batch: batches.pop())
     with pytest.raises(IndexError):
         collect_activations(vit, pixels(2), batch_size=1, cache_dir=tmp_path)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def test_of_two_that_want_the_same_at_once_one_encodes_and_both_have_it(vit, tmp_path, monkeypatch):
+    encode, encoded = activation_module._encode, []
+
+    def slow(*arguments):
+        encoded.append(1)
+        time.sleep(0.2)
+        encode(*arguments)
+
+    monkeypatch.setattr(activation_module, "_encode", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: collect_activations(vit, pixels(3), cache_dir=tmp_path), range(4)))
+    assert len(encoded) == 1
+    assert all(np.array_equal(each.layers[2], found[0].layers[2]) for each in found)
 
 
 def test_unknown_layers_are_refused(vit, tmp_path):
