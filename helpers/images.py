@@ -154,6 +154,18 @@ def read_image(path: Path) -> Image.Image:
     return upright.convert("RGB")
 
 
+def input_size(processor) -> int:
+    """Return how many pixels a side of the pictures has that the processor gives to its model.
+
+    Raises ValueError where the processor does not say so.
+    """
+    size = getattr(processor, "crop_size", None) or processor.size
+    sides = {size.get(name) for name in ("height", "width", "shortest_edge")} - {None}
+    if len(sides) != 1:
+        raise ValueError(f"the image processor gives pictures of {dict(size)}; set one side in pixels there")
+    return sides.pop()
+
+
 def encode_images(images: Sequence, processor, model):
     """Prepare images (PIL, or uint8 height × width × 3) for `model`: pixel_values (batch, 3, height, width).
 

@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 from PIL import Image
+from transformers import BitImageProcessor, ViTImageProcessorPil
 
-from helpers.images import load_image_folder
+from helpers.images import input_size, load_image_folder
 
 
 @pytest.fixture
@@ -62,3 +63,13 @@ def test_names_that_are_not_asked_for_are_not_read(folder):
     assert list(load_image_folder(folder, names=["striped", "nowhere"])) == ["striped"]
     with pytest.raises(ValueError, match="'broken' has 0 images"):
         load_image_folder(folder)
+
+
+def test_the_size_that_a_processor_gives_is_the_crop_s_or_the_square_s():
+    assert input_size(ViTImageProcessorPil(size={"height": 112, "width": 112})) == 112
+    assert (
+        input_size(BitImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}))
+        == 224
+    )
+    with pytest.raises(ValueError, match="set one side in pixels"):
+        input_size(ViTImageProcessorPil(size={"height": 96, "width": 112}))
