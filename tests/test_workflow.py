@@ -200,7 +200,7 @@ def test_digest_changes_with_all_that_is_computed_from(project):
     ]
     found = [digest(), digest(seed=1), digest(seed=2)]
     for change in (
-        lambda notebook: notebook.cells[0].update(source="# Other words"),
+        lambda notebook: notebook.cells[2].update(source="other = 1"),
         lambda notebook: notebook.cells[3].update(source=notebook.cells[3].source + "\n1 + 1"),
         lambda notebook: notebook.cells[1].metadata.update(tags=["parameters", "more"]),
     ):
@@ -212,12 +212,13 @@ def test_digest_changes_with_all_that_is_computed_from(project):
     assert len(set(found)) == len(found) == 9
 
 
-def test_digest_does_not_change_with_outputs_time_or_helpers_of_others(project):
+def test_digest_does_not_change_with_prose_outputs_time_or_helpers_of_others(project):
     path = project.root / "notebooks" / "01_first.ipynb"
     digest = lambda: project.provenance.plan_digests({"01_first": {"sets": ["b"], "seed": 1}}, project.root)
     before = digest()
 
     def run_it(notebook):
+        notebook.cells[0].update(source="# Other words")
         notebook.cells[2].update(outputs=[new_output("stream", text="done")], execution_count=7)
         notebook.metadata["kernelspec"]["display_name"] = "other"
 
@@ -266,7 +267,7 @@ def test_an_edit_repeats_what_depends_on_it_and_nothing_else(project, quick, cha
     elif change != "nothing":
         edit(
             project.root / "notebooks" / f"{change}.ipynb",
-            lambda notebook: notebook.cells[0].update(source="#"),
+            lambda notebook: notebook.cells[2].update(source=notebook.cells[2].source + "\n# more"),
         )
     again = [line.replace(" 10 ", " 4 ") for line in again]
     found = states(project, "runs/small")
@@ -281,7 +282,7 @@ def test_what_reads_from_a_rerun_notebook_is_stale_until_it_ran_too(project, qui
     invoke(project, "run", "--profile", "small")
     edit(
         project.root / "notebooks" / "01_first.ipynb",
-        lambda notebook: notebook.cells[0].update(source="# New"),
+        lambda notebook: notebook.cells[2].update(source=notebook.cells[2].source + "\n# new"),
     )
     assert (
         invoke(project, "run", "--profile", "small", "--only", "01_first").exit_code == 0
@@ -415,6 +416,20 @@ def test_default_profile_is_published_when_all_of_it_is_finished(project, quick)
     ]
     assert results[0].read_bytes() == results[1].read_bytes()
     assert not (figures / "01_first" / "cavs.safetensors").exists()  # vectors stay with the run
+
+
+def test_prose_may_be_mended_without_a_new_run_and_is_not_taken_back(project, quick):
+    path, count = project.root / "notebooks/01_first.ipynb", 3
+    assert invoke(project, "run").exit_code == 0 and len(counted(project)) == count
+    edit(path, lambda notebook: notebook.cells[0].update(source="# Mended"))
+    edit(path, lambda notebook: notebook.cells.insert(2, new_markdown_cell("more")))
+    assert states(project) == FINISHED
+    edit(path, lambda notebook: notebook.cells[1].update(outputs=[new_output("stream", text="false")]))
+    assert states(project) == {**FINISHED, "01_first": "stale"}
+    assert invoke(project, "run").exit_code == 0 and states(project) == FINISHED
+    cells = nbformat.read(path, as_version=4).cells
+    assert [cell.source for cell in (cells[0], cells[2])] == ["# Mended", "more"] and not cells[1].outputs
+    assert len(counted(project)) == count
 
 
 def test_a_notebook_alone_chains_what_lies_in_its_folder_else_what_is_committed(project, quick):

@@ -9,6 +9,7 @@ import ast
 import hashlib
 import json
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -26,9 +27,9 @@ def earlier_notebooks(name: str) -> list[str]:
 def plan_digests(plan: dict[str, dict], run: Path) -> dict[str, str]:
     """Return, for each notebook of a plan in order, the sha256 of all that decides what it computes.
 
-    That is its source without outputs, the helpers that it imports, its parameters, and the digests of those
-    that it reads from; where the plan has them not, they lie in `run`, else among the committed ones.
-    Models and data that parameters name are taken to stay what they are.
+    That is its code, the helpers that it imports, its parameters, and the digests of those that it reads
+    from; where the plan has them not, they lie in `run`, else among the committed ones. Prose does not
+    count, and models and data that parameters name are taken to stay what they are.
     """
     digests, helpers = {}, _helpers()
     for name, parameters in plan.items():
@@ -36,9 +37,9 @@ def plan_digests(plan: dict[str, dict], run: Path) -> dict[str, str]:
         for other in earlier_notebooks(name):
             found = read_provenance(other, run) or read_provenance(other, ROOT) or {}
             earlier[other] = digests.get(other, found.get("digest"))
-        cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf8"))["cells"]
-        source = [[c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])] for c in cells]
-        code = "\n".join(text for kind, text, _ in source if kind == "code")
+        cells = _code_cells((NOTEBOOKS / f"{name}.ipynb").read_bytes())
+        source = [["".join(cell["source"]), cell["metadata"].get("tags", [])] for cell in cells]
+        code = "\n".join(text for text, _ in source)
         content = [source, _imported(code, helpers), parameters, earlier]
         digests[name] = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return digests
@@ -54,7 +55,13 @@ def read_provenance(name: str, run: Path) -> dict | None:
 
 
 def file_digest(path: Path) -> str:
-    """Return the sha256 of a file."""
+    """Return the sha256 of a file; of a notebook, that of its code and outputs: prose may be mended at any
+    time.
+    """
+    if path.suffix == ".ipynb":
+        with suppress(ValueError, KeyError, TypeError):  # what is no notebook is digested as any file
+            cells = [{**cell, "id": None, "metadata": None} for cell in _code_cells(path.read_bytes())]
+            return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -104,6 +111,10 @@ def place_title(place: str) -> str:
     """Return what to call the job of a folder of figures: NAME, or NAME in RUN."""
     run = Path(place).parents[1].as_posix()
     return Path(place).name + ("" if run == "." else f" in {run}")
+
+
+def _code_cells(notebook: bytes) -> list[dict]:
+    return [cell for cell in json.loads(notebook)["cells"] if cell["cell_type"] == "code"]
 
 
 def _helpers() -> dict[str, str]:

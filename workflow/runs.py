@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import nbformat
 
 from workflow.parameters import ROOT, notebook_names, plan_run
 from workflow.provenance import notebook_state, plan_digests, read_provenance
@@ -83,6 +84,7 @@ def publish_run(run: Path) -> Path:
     """Replace the committed results by those of a run of the default profile, when all of it is finished.
 
     Returns the folder where they now are. Vectors, which are large and which git ignores, stay in the run.
+    The prose of the notebooks stays as it is now, whatever it was when they were executed.
     """
     plan = plan_run("default")
     rest = [name for _, name, state in run_states({".": {"plan": plan}}, run) if state != "finished"]
@@ -94,12 +96,23 @@ def publish_run(run: Path) -> Path:
         found = read_provenance(name, run)
         found["files"] = {path: sha for path, sha in found["files"].items() if not path.endswith(UNPUBLISHED)}
         for path in found["files"]:
-            _replace(ROOT / path, (run / path).read_bytes())
+            new = (run / path).read_bytes()
+            _replace(ROOT / path, _with_outputs(ROOT / path, new) if path.endswith(".ipynb") else new)
         _replace(ROOT / record, json.dumps(found, indent=1).encode())
         for path in (ROOT / "figures" / name).rglob("*"):
             if path.is_file() and path.relative_to(ROOT).as_posix() not in (record, *found["files"]):
                 path.unlink()
     return ROOT
+
+
+def _with_outputs(target: Path, executed: bytes) -> bytes:
+    """Return the notebook `target` with the outputs of one that was executed from the same code."""
+    notebook, done = (nbformat.reads(part.decode(), as_version=4) for part in (target.read_bytes(), executed))
+    pairs = [[cell for cell in part.cells if cell.cell_type == "code"] for part in (notebook, done)]
+    for cell, new in zip(*pairs, strict=True):
+        cell.outputs, cell.execution_count = new.outputs, new.execution_count
+    notebook.metadata = done.metadata
+    return nbformat.writes(notebook).encode()
 
 
 def _replace(target: Path, content: bytes) -> None:
