@@ -3,11 +3,15 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: figures test check lab report benchmark lock clean
+.PHONY: figures networks test check lab report benchmark lock clean
 .DEFAULT_GOAL := figures
 
 figures: $(VENV)/ready  ## all notebooks on the default profile, published when all of them are finished
 	$(BIN)/attention run --profile default
+
+networks: $(VENV)/ready  ## which conclusions hold on which networks, about ten minutes; notebook 05 shows it
+	$(BIN)/attention sweep workflow/grids/networks.yaml
+	$(BIN)/python -m report.networks
 
 test: $(VENV)/ready  ## all tests, on all cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup

@@ -163,6 +163,7 @@ def in_place_of_names(hub):
         "sets": [str(hub / name) for name in ("sst2_short", "sst2", "imdb", "ag_news")],
         "model_id": vit,
         "image_model_id": vit,
+        "concept_model_id": vit,
         "images_dir": str(hub / "paper/targets"),
         "targets_dir": str(hub / "paper/targets"),
         "concepts_dir": str(hub / "paper/concepts"),

@@ -2,6 +2,9 @@
 
 python data/models/concept_vit/train.py              the committed model, about 20 minutes on one core
 python data/models/concept_vit/train.py --epochs 1   a quick trial
+
+--seed 1 --folder data/models/concept_vit_1 trains it anew from other draws; seeds 1 and 2 are committed,
+their weights rounded to half precision.
 """
 
 import json
