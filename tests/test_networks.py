@@ -1,0 +1,60 @@
+"""What the notebooks conclude on each network is gathered whole, or not at all; the default one agrees."""
+
+import json
+
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+
+from report import networks
+from workflow.parameters import ROOT
+
+FOUND = {"one − other: comp": [0.1, 0.0, 0.2], "one − other: concept AP": [-0.3, -0.5, -0.1]}
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """A sweep of two networks, and the states of its runs."""
+    states = {"a": "finished", "b": "finished"}
+    runs = {run: {"varied": {"model_id": f"models/{run}_net"}, "plan": {}} for run in states}
+    (tmp_path / "plan.json").write_text(json.dumps({"runs": runs}))
+    for run in states:
+        folder = tmp_path / run / "figures" / "02_x"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"conclusions": FOUND}))
+    monkeypatch.setattr(networks, "run_states", lambda *_: [(run, "02_x", states[run]) for run in states])
+    return tmp_path, states
+
+
+def test_every_conclusion_has_a_line_for_each_network_and_a_point_in_the_figure(sweep):
+    folder, _ = sweep
+    assert networks.gather(folder, folder / "out" / "conclusions.csv") == 4
+    table = pd.read_csv(folder / "out" / "conclusions.csv")
+    assert list(table["network"]) == ["a_net"] * 2 + ["b_net"] * 2 and set(table["notebook"]) == {"02_x"}
+    assert table[["value", "low", "high"]].to_numpy().tolist() == [*FOUND.values()] * 2
+    figure = networks.draw(table)
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines[:2]] == [0.1, 0.1]
+    assert [line.get_xdata()[0] for line in figure.axes[1].lines[:2]] == [-0.3, -0.3]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["a_net", "b_net"]
+    plt.close(figure)
+
+
+def test_a_sweep_that_is_not_finished_or_concludes_nothing_is_refused(sweep):
+    folder, states = sweep
+    states["b"] = "failed"
+    with pytest.raises(ValueError, match="02_x in .*b is failed"):
+        networks.gather(folder, folder / "conclusions.csv")
+    states.clear()
+    with pytest.raises(ValueError, match="no run in .* has conclusions"):
+        networks.gather(folder, folder / "conclusions.csv")
+    assert not (folder / "conclusions.csv").exists()
+
+
+def test_the_committed_table_says_of_the_default_network_what_its_notebook_says():
+    table = pd.read_csv(ROOT / "figures" / "networks" / "conclusions.csv")
+    results = json.loads((ROOT / "figures" / "02_vit_shapley" / "results.json").read_text(encoding="utf8"))
+    default = table[table["network"] == results["model"].split("/")[-1]].set_index("conclusion")
+    assert set(default.index) == set(results["conclusions"])
+    for name, values in results["conclusions"].items():
+        assert default.loc[name, ["value", "low", "high"]].tolist() == values, name
+    assert table.groupby("network").size().nunique() == 1 and table["network"].nunique() >= 5
