@@ -1,4 +1,4 @@
-"""Gather what the notebooks conclude on each network of a sweep: python -m report.networks [RUN]
+"""Gather what notebook 02 concludes on the default network and on those of a sweep: python -m report.networks
 
 Writes figures/networks/conclusions.csv, one line a conclusion and network, its value and 95 % interval, and
 draws them.
@@ -6,7 +6,6 @@ draws them.
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,30 +13,32 @@ import numpy as np
 import pandas as pd
 
 from helpers import plots
-from helpers.results import save_figure
+from helpers.results import find_results, save_figure
 from workflow.parameters import ROOT
 from workflow.runs import recorded_runs, run_states
 
 COLORS = ("#000000", "#777777", "#d55e00", "#e69f00", "#f0c060")  # the first is the default network
 MARKERS = "so^vD"
-COLUMNS = ("conclusion", "notebook", "network", "value", "low", "high")
+NOTEBOOK = "02_vit_shapley"
+COLUMNS = ("conclusion", "network", "value", "low", "high")
 
 
 def gather(folder: Path, target: Path) -> int:
-    """Write the conclusions of all runs of a sweep in `folder` to `target`; return the number of lines.
+    """Write the conclusions of the default run and of a sweep's to `target`; return the number of lines.
 
-    Raises ValueError where a run is not finished, or concluded nothing.
+    Raises ValueError where a run of the sweep in `folder` is not finished, FileNotFoundError without the
+    default run.
     """
-    runs, lines = recorded_runs(folder), []
+    runs, places = recorded_runs(folder), [find_results(ROOT / "runs/default/figures", NOTEBOOK)]
     for run, notebook, state in run_states(runs, folder):
         if state != "finished":
             raise ValueError(f"{notebook} in {folder / run} is {state}; give the sweep's command again")
-        path = folder / run / "figures" / notebook / "results.json"
-        found = json.loads(path.read_text(encoding="utf8")).get("conclusions", {})
-        network = Path(runs[run]["varied"]["model_id"]).name
-        lines += [(conclusion, notebook, network, *values) for conclusion, values in found.items()]
-    if not lines:
-        raise ValueError(f"no run in {folder} has conclusions; sweep workflow/grids/networks.yaml first")
+        places.append(folder / run / "figures" / notebook)
+    lines = []
+    for place in places:
+        results = json.loads((place / "results.json").read_text(encoding="utf8"))
+        network = Path(results["model"]).name
+        lines += [(name, network, *values) for name, values in results["conclusions"].items()]
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("w", newline="", encoding="utf8") as file:
         table = csv.writer(file, lineterminator="\n")
@@ -68,7 +69,7 @@ def draw(table: pd.DataFrame, measures: tuple[str, str] = ("comp", "concept AP")
 
 if __name__ == "__main__":
     plots.use_style()
-    source, target = ROOT / (sys.argv[1] if len(sys.argv) > 1 else "runs/networks"), ROOT / "figures/networks"
-    count = gather(source, target / "conclusions.csv")
-    save_figure(draw(pd.read_csv(target / "conclusions.csv")), target, "networks")
+    folder = ROOT / "figures" / "networks"
+    count = gather(ROOT / "runs" / "networks", folder / "conclusions.csv")
+    save_figure(draw(pd.read_csv(folder / "conclusions.csv")), folder, "networks")
     print(f"{count} lines in figures/networks/conclusions.csv")
