@@ -50,7 +50,7 @@ def draw(table: pd.DataFrame, measures: tuple[str, str] = ("comp", "concept AP")
     """Draw the conclusions on two measures, a point and its interval for each network."""
     by_network, networks = table.set_index(["conclusion", "network"]), table["network"].unique()
     names = {m: [name for name in table["conclusion"].unique() if name.endswith(f": {m}")] for m in measures}
-    size = {"figsize": (plots.PAGE, 1.2 + 0.4 * len(names[measures[0]])), "layout": "constrained"}
+    size = {"figsize": (plots.PAGE, 1.1 + 0.3 * len(names[measures[0]])), "layout": "constrained"}
     figure, axes = plt.subplots(1, 2, sharey=True, **size)
     for axis, measure in zip(axes, measures, strict=True):
         for place, network in enumerate(networks):
@@ -58,7 +58,7 @@ def draw(table: pd.DataFrame, measures: tuple[str, str] = ("comp", "concept AP")
             at = np.arange(len(lines)) + 0.15 * (place - (len(networks) - 1) / 2)
             color = COLORS[place % len(COLORS)]
             axis.hlines(at, lines["low"], lines["high"], color=color, linewidth=1)
-            axis.plot(lines["value"], at, MARKERS[place % len(MARKERS)], ms=3.5, color=color, label=network)
+            axis.plot(lines["value"], at, MARKERS[place % len(MARKERS)], ms=3, color=color, label=network)
         axis.axvline(0, color="0.6", linewidth=0.8)
         axis.set(title=measure, xlabel="difference, 95 % interval")
     axes[0].set_yticks(range(len(lines)), [name.split(": ")[0] for name in names[measures[0]]], fontsize=7)

@@ -184,7 +184,7 @@ def test_no_bookkeeping_of_papermill_is_left(name):
 
 
 def test_file_is_small_and_has_outputs_to_read(name):
-    assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size <= 560_000  # 05 is the largest, until it is two
+    assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size <= 500_000
     outputs = [output for cell in code_cells(name) for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert all("error" not in output.output_type for output in outputs)
