@@ -72,7 +72,7 @@ def fit_direction(
     positive, negative  (rows, hidden)
     kind                "logistic": coefficients of a logistic regression, L2 penalty with C = 1; the paper's
                         "pattern": covariance of all rows times those coefficients (Haufe et al., 2014)
-                        "fisher": inverse covariance within the sides times the difference of their means
+                        "fisher": inverse covariance of all rows times the difference of the means
                         "mean_difference": also what regressing rows on labels gives (Pahde et al., 2024)
     seed                for solvers that shuffle rows; Newton's method, used here, draws nothing
 
@@ -98,10 +98,9 @@ def fit_direction(
     if kind == "mean_difference":
         direction = means[0] - means[1]
     elif kind == "fisher":
-        rows -= means[1 - is_positive.astype(int)]
-        within = (rows.T @ rows).astype(np.float64)
-        shrinkage = 1e-4 * np.trace(within) / len(within) or 1  # a little, for few rows
-        direction = solve(within + shrinkage * np.eye(len(within)), means[0] - means[1], assume_a="pos")
+        total = (rows.T @ rows).astype(np.float64)
+        shrinkage = 1e-4 * np.trace(total) / len(total) or 1  # a little, for few rows
+        direction = solve(total + shrinkage * np.eye(len(total)), means[0] - means[1], assume_a="pos")
     else:
         direction, intercept = _fit_logistic(rows, is_positive, seed)
         if kind == "pattern":
