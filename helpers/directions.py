@@ -168,12 +168,13 @@ def _move(x, member, label, w, gradient, step):
 def _newton(x, member, label):
     """Return the solution (hidden + 1, 1) of one regression, about, and its curvature, factored.
 
-    Of many rows a sample stands for all.
+    Of many rows a sample stands for all, drawn by how often they are members.
     """
-    sample = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    sample = sample[: NEWTON_ROWS * x.shape[1]].to(x.device)
-    weight = len(x) / len(sample)
-    x, member, label = (part[sample].float() for part in (x, weight * member, weight * label))
+    size = min(NEWTON_ROWS * x.shape[1], int((member > 0).sum()))
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.multinomial(member[:, 0].cpu(), size, generator=generator).to(x.device)
+    each, share = member.sum() / size, label[sample] / member[sample]
+    x, member, label = (part.float() for part in (x[sample], each * torch.ones_like(share), each * share))
     w = x.new_zeros(x.shape[1], 1, dtype=torch.float64)
     gradient = _gradient(x, member, label, w)
     for _ in range(STEPS):
