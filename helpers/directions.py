@@ -17,7 +17,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from helpers.tcav import ALIKE, KINDS, NOT_FINITE
 
-ANGLE = 3e-3  # how far from its optimum a vector may be, see `_angle`: cosines are above 1 - 5e-6
+ANGLE = 1e-2  # how far from its optimum a vector may be, see `_angle`: cosines are above 1 - 5e-5
 NEWTON_ANGLE, NEWTON_ROWS = 0.3, 8  # of the first regression: its angle, and rows for each of its numbers
 STEPS, MEMORY, TRIES = 100, 8, 5  # of L-BFGS: steps, earlier ones it remembers, shorter ones it tries
 BLOCK = 2**21  # numbers in an array of rows × draws
