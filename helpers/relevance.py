@@ -242,7 +242,8 @@ def _contrast(model, origins, states: list, start=None):
 
     def from_origin(module, x, output):
         if isinstance(origins, list):
-            return origins.append((x.detach(), output.detach()))
+            origins.append((x.detach(), output.detach()))
+            return output
         x0, output0 = next(origins)
         between = ((x.detach() + x0) / 2).requires_grad_()
         (slope,) = torch.autograd.grad(module.forward(between).sum(), between)
@@ -267,9 +268,15 @@ def _averaged(model, players: torch.Tensor):
     """Return a hook that puts the average word, or patch, in the place of every player."""
 
     def average(module, args, output):
-        if isinstance(module, nn.Embedding):
+        text = isinstance(module, nn.Embedding)
+        prefix = players.shape[1] - output.shape[1]  # class and register tokens, which come later
+        if len(players) != len(output) or prefix < 0 or (text and prefix):
+            raise ValueError(
+                f"players {tuple(players.shape)} do not fit {tuple(output.shape[:2])} words or patches"
+            )
+        if text:
             return torch.where(players[..., None], module.weight.mean(0).to(output), output)
-        inner = players[:, players.shape[1] - output.shape[1] :, None]  # the prefix comes later
+        inner = players[:, prefix:, None]
         mean = (output * inner).sum(1, keepdim=True) / inner.sum(1, keepdim=True)
         return torch.where(inner, mean, output)
 
