@@ -188,7 +188,7 @@ def _draw_contrasts(activations, random, concepts, n_draws: int, seed: int) -> d
     return drawn
 
 
-WEIGHTINGS = ("attention", "plain", "cls", "top")
+WEIGHTINGS = ("attention", "plain", "cls", "no cls", "top")
 
 
 def image_scores(
@@ -200,8 +200,8 @@ def image_scores(
     target  as in `token_gradients`, one for all
     cavs    {name: CAVs}, so that several kinds and the random ones share one forward and one backward pass
 
-    The weightings are attention; plain; cls, the classification token alone; and top, only the tokens of
-    `top_tokens`. TTCAV scores are `(scores > 0).mean(-2)`, (layers, concepts, draws).
+    The weightings are attention; plain; cls, the classification token alone; no cls, attention at all other
+    tokens; and top, only the tokens of `top_tokens`. TTCAV scores are `(scores > 0).mean(-2)`, (layers, concepts, draws).
     """
     target = find_class(model, target) if isinstance(target, str) else target
     collected: dict[str, dict[str, list]] = {name: {w: [] for w in WEIGHTINGS} for name in cavs}
@@ -233,8 +233,10 @@ def _image_means(states, gradients, cls_attention, real, vectors) -> dict[str, n
     """Return {weighting: means over tokens (concepts, images, draws)}, vectors (concepts, draws, hidden)."""
     cavs = vectors.reshape(-1, vectors.shape[-1])
     s = plain_derivatives(gradients, cavs)
+    a, scale = cls_attention.to(s), attention_scale(s, cls_attention)
     sums = {
-        "attention": torch.einsum("bt,btn->bn", cls_attention.to(s), s) * attention_scale(s, cls_attention),
+        "attention": torch.einsum("bt,btn->bn", a, s) * scale,
+        "no cls": torch.einsum("bt,btn->bn", a[:, 1:], s[:, 1:]) * scale,
         "plain": s.sum(1),
         "cls": s[:, 0],
         "top": (s * top_tokens(states, cavs, real)).sum(1),

@@ -29,7 +29,7 @@ from helpers.tcav import KINDS
 
 MODELS = PROJECT_ROOT / "data" / "models"
 TARGET, BATCH = "zebra", 32
-# images, targets, draws, the loop's draws: the paper's on the small network, and what 03 and 04 do by default;
+# images, targets, draws, loop's draws: the paper's on the small network, and what 03 and 04 do by default;
 # the loop's time grows with its draws, so few of them tell
 SIZES = {"concept_vit": (120, 200, 50, 2), "dinov2_scenes": (48, 80, 10, 1)}
 

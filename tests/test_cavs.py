@@ -239,6 +239,11 @@ def test_image_scores_are_means_of_the_derivatives_whatever_the_batch(tokenizer,
                 ("attention", attention_weighted_derivatives(gradients[layer], attention[layer], vectors)),
                 ("plain", plain_derivatives(gradients[layer], vectors)),
                 ("cls", cls_derivatives(gradients[layer], vectors)),
+                (
+                    "no cls",
+                    attention_weighted_derivatives(gradients[layer], attention[layer], vectors)
+                    * (torch.arange(attention[layer].shape[1]) > 0)[:, None],
+                ),
                 ("top", plain_derivatives(gradients[layer], vectors) * top_tokens(states[layer], vectors)),
             ):
                 mine = torch.tensor(scores["relative"][weighting][i, 2, row])
