@@ -108,17 +108,33 @@ def check_tcav(results):
 
 
 def check_comparisons(results):
+    assert results["kendall_tau"]["mask"] == 1 and all(
+        -1 <= tau <= 1 for tau in results["kendall_tau"].values()
+    )
+    verdict = results["verdict"]
+    assert verdict["Integrated gradients"]["comp, text"] > verdict["First tokens"]["comp, text"]
+    assert all(-1 <= line["comp, text"] <= 1 for line in verdict.values() if line["comp, text"] is not None)
+    assert set(results["not_told_from_the_best"]) == {*results["sets"], "pictures"}
+    assert all(set(front) <= set(verdict) and front for front in results["pareto"].values())
+    assert len(results["findings"]) == 3
+
+
+def check_checks(results):
     for part in results["sanity"].values():
         assert all(
             part["head"][row] == 1 for row in ("Shapley-Att-CLS", "Att (received)", "Attention rollout")
         )
         assert part["head"]["Shapley-Grad-Att-CLS"] < 1
     assert 0.05 < results["finds_trigger"]["Leave-one-out"] <= 1
-    assert results["kendall_tau"]["mask"] == 1 and all(
-        -1 <= tau <= 1 for tau in results["kendall_tau"].values()
-    )
     assert max(results["ablation"].values()) == results["ablation"][results["chosen"]]
-    assert set(results["beats_all_of_its_passes"]) == set(results["chosen_comp"]) == set(results["sets"])
+    assert set(results["chosen_comp"]) == set(results["sets"])
+    assert set(results["beats_all_of_its_passes"]) == {*results["sets"], "all sets"}
+    assert all(
+        share > 0.5
+        for name, part in results["half_precision"].items()
+        if "rank" in name
+        for share in part.values()
+    )
 
 
 INVARIANTS = {
@@ -127,6 +143,7 @@ INVARIANTS = {
     "03_concept_training": check_concept_training,
     "04_tcav": check_tcav,
     "05_comparisons": check_comparisons,
+    "06_checks": check_checks,
 }
 
 

@@ -14,7 +14,10 @@ import pytest
 
 from workflow.parameters import NOTEBOOKS, ROOT, notebook_names
 
-COLLECTION = ["01_nlp_shapley", "02_vit_shapley", "03_concept_training", "04_tcav", "05_comparisons"]
+COLLECTION = [
+    *("01_nlp_shapley", "02_vit_shapley", "03_concept_training", "04_tcav"),
+    *("05_comparisons", "06_checks"),
+]
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(home|root|tmp|work|Users|opt|mnt|var)/\w|[A-Z]:\\\\")
 FIGURES = ROOT / "figures"
 pytestmark = pytest.mark.parametrize("name", notebook_names())

@@ -1,7 +1,7 @@
 """The paper profile runs without a hub: models, sets and images in local folders that are laid out as the
 hub's are.
 
-All five notebooks with small random models, then 01, 02 and 04 with models of the paper's shapes, and a few
+All six notebooks with small random models, then 01, 02 and 04 with models of the paper's shapes, and a few
 inputs.
 """
 
@@ -76,6 +76,7 @@ SMALL = {  # sizes; all else is the profile's own
     "n_text_draws": 2,
     "n_operators": 2,
     "n_sanity": 2,
+    "n_pictures": 2,
     "n_weights": 1,
     "n_planted": 4,
     "planted_steps": 1,
@@ -163,7 +164,6 @@ def in_place_of_names(hub):
         "sets": [str(hub / name) for name in ("sst2_short", "sst2", "imdb", "ag_news")],
         "model_id": vit,
         "image_model_id": vit,
-        "concept_model_id": vit,
         "images_dir": str(hub / "paper/targets"),
         "targets_dir": str(hub / "paper/targets"),
         "concepts_dir": str(hub / "paper/concepts"),
@@ -289,7 +289,7 @@ def test_what_needs_known_masks_is_left_out_and_the_rest_compared(small):
         and not small.n02["pairs"]
         and len(small.n02["faithfulness"]) >= 12
     )
-    assert small.n05["half_precision"] and set(small.n05["chosen_comp"]) == set(small.n05["sets"])
+    assert small.n06["half_precision"] and set(small.n06["chosen_comp"]) == set(small.n06["sets"])
     assert small.n05["tcav_auc"] == {} and all(
         line["finds the concept"] is None for line in small.n05["verdict"].values()
     )

@@ -200,7 +200,7 @@ FAMILIES = "a list of families, each a list of two or more names"
         ("01_nlp_shapley", "ig_steps", 0, "1 or more"),
         ("01_nlp_shapley", "max_players", 0, "1 or more"),
         ("01_nlp_shapley", "batch_size", 0, "1 or more"),
-        ("05_comparisons", "planted_steps", 0, "1 or more"),
+        ("06_checks", "planted_steps", 0, "1 or more"),
         ("03_concept_training", "n_folds", 1, "2 or more"),
         ("03_concept_training", "n_fresh", -1, "0 or more"),
         ("01_nlp_shapley", "budgets", [], WHOLE),
@@ -256,12 +256,10 @@ def test_figures_go_where_output_puts_them():
 
 
 @pytest.mark.parametrize(
-    "given", [{"n_selection": 80}, {"n_samples": 24}, {"n_samples": 5, "n_selection": 6}]
+    "given", [{"n_selection": 60}, {"n_samples": 20}, {"n_samples": 5, "n_selection": 6}]
 )
 def test_some_sentences_are_left_to_report_on(given):
-    with pytest.raises(
-        ValueError, match="parameter 'n_selection' of 05_comparisons must be below n_samples = "
-    ):
+    with pytest.raises(ValueError, match="parameter 'n_selection' of 06_checks must be below n_samples = "):
         plan_run("default", overrides=given)
 
 

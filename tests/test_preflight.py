@@ -145,7 +145,7 @@ def test_names_of_the_paper_profile_are_those_of_the_hub():
 
 def test_each_name_is_asked_for_once_and_all_good_is_no_error(hub, tmp_path):
     plan = plan_run("paper", overrides=dict.fromkeys(FOLDERS, str(tmp_path)))
-    for parameters in (plan["01_nlp_shapley"], plan["05_comparisons"]):
+    for parameters in (plan["01_nlp_shapley"], plan["05_comparisons"], plan["06_checks"]):
         parameters["sets"] = ["sst2_short", "sst2", "ag_news"]
     check_at_hand(plan)
     asked = sorted(request for request in hub[1] if re.search("/api/(models|datasets)/", request))

@@ -54,6 +54,22 @@ def test_each_step_draws_its_own_weights_in_a_copy_from_head_to_embeddings(text_
     check_cascade(text_classifier[0])
 
 
+def test_a_step_may_draw_some_blocks_together(model):
+    move_away(model)
+    names = [step for step, _ in randomisation_cascade(model, group=2)]
+    assert names == ["head", "blocks 1–2", "block 0", "embeddings"]
+    before, seen = weights(model), {}
+    for step, changed in randomisation_cascade(model, group=2):
+        now = weights(changed)
+        seen[step] = {
+            step_of(name) for name, _ in model.named_parameters() if not torch.equal(now[name], before[name])
+        }
+        before = now
+    assert seen["blocks 1–2"] == {"block 1", "block 2"} and seen["block 0"] == {"block 0"}
+    with pytest.raises(ValueError, match="one block or more anew, not 0"):
+        next(randomisation_cascade(model, group=0))
+
+
 def test_each_step_draws_its_own_weights_of_an_image_classifier(image_model):
     check_cascade(image_model)
 

@@ -791,4 +791,5 @@ def test_declared_readers_and_their_sources_are_notebooks_in_running_order():
     assert (
         "03_concept_training" in earlier_notebooks("04_tcav")
         and len(earlier_notebooks("05_comparisons")) == 4
+        and not earlier_notebooks("06_checks")
     )

@@ -15,7 +15,7 @@ from helpers.paths import HUB_SETS, SENTENCE_SETS, local_folder
 
 NAMED = {  # what parameters of notebooks name
     "model_ids|text_model_id": "text model",
-    "model_id|image_model_id|concept_model_id": "image model",
+    "model_id|image_model_id": "image model",
     "sets|text_set": "set",
     "(images|concepts|targets)_dir": "folder",
 }
