@@ -37,6 +37,7 @@ FAMILIES = {  # what a method needs: attention alone, a gradient, changed inputs
         "AttnLRP",
         "Shapley-Rel-Att-CLS",
         "Shapley-Rel-Att-Received",
+        "Shapley-Rel-Att-Contrast",
         "Signed received",
         "Integrated gradients",
     ),
