@@ -8,7 +8,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,13 @@ def pooled(sources: Sequence[Activations], layer: int) -> tuple[np.ndarray, np.n
     """Return one layer of several sets of images: all rows (rows, hidden), and how many each image has."""
     rows = np.concatenate([source.layers[layer] for source in sources])
     return rows, np.concatenate([np.diff(source.offsets) for source in sources])
+
+
+def select_images(source: Activations, images) -> Activations:
+    """Return the activations of some images, by number, in memory."""
+    places = [np.arange(source.offsets[image], source.offsets[image + 1]) for image in images]
+    layers = {layer: rows[np.concatenate(places)] for layer, rows in source.layers.items()}
+    return replace(source, layers=layers, offsets=np.cumsum([0, *map(len, places)]))
 
 
 def token_activations(model, inputs) -> dict[int, torch.Tensor]:

@@ -5,21 +5,30 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from helpers.activations import Activations, input_range, model_key, model_name, pooled, take_rows
+from helpers.activations import (
+    Activations,
+    input_range,
+    model_key,
+    model_name,
+    pooled,
+    select_images,
+    take_rows,
+)
 from helpers.directions import fit_directions, held_out_accuracy
 from helpers.images import MIN_IMAGES
 from helpers.labels import find_class
 from helpers.models import transformer_blocks
 from helpers.runtime import in_batches
-from helpers.tcav import attention_weighted_derivatives, plain_derivatives, token_gradients
+from helpers.tcav import attention_scale, plain_derivatives, token_states, top_tokens
 
 DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError)  # what reading a broken file raises
 
@@ -33,6 +42,7 @@ class Cavs:
     concepts    name of each concept
     kind        one of KINDS; model_id, model_key and n_layers as in Activations
     thresholds  (layers, concepts, draws) where along each vector the border lies, or None where nobody asked
+    n_images    images on either side of a fit, the fewest of any concept; a null should have as many
     """
 
     vectors: np.ndarray
@@ -43,6 +53,7 @@ class Cavs:
     model_key: str
     n_layers: int
     thresholds: np.ndarray | None = None
+    n_images: int = 0
 
 
 def fit_cavs(
@@ -53,20 +64,22 @@ def fit_cavs(
     concepts: Sequence[str] | None = None,
     seed: int = 0,
     progress: bool = False,
+    device="cpu",
 ) -> dict[str, Cavs]:
-    """Fit {kind: CAVs}, one a layer, concept and draw: the concept's tokens against tokens of other images.
+    """Fit {kind: CAVs}, one for each layer, concept and draw: its tokens against those of other images.
 
     activations  {concept: its activations}
     random       activations of random images to contrast with; None contrasts with the other concepts
                  ("relative" CAVs)
     concepts     those to fit CAVs for, all by default
+    device       where to fit; a GPU takes all draws of a concept and layer at once, too
 
     Draw k contrasts with as many images as the concept has, drawn without replacement with seed + k. Warns
     where only one such draw is possible, and as `fit_directions` does. Raises ValueError for one concept
     without random images, too few images on either side, or activations of different models.
     """
     draws = _draw_contrasts(activations, random, concepts, n_draws, seed)
-    return _fit(next(iter(activations.values())), draws, kinds, progress)
+    return _fit(next(iter(activations.values())), draws, kinds, progress, device)
 
 
 def fit_random_cavs(
@@ -76,20 +89,36 @@ def fit_random_cavs(
     kinds: Sequence[str] = ("logistic",),
     seed: int = 0,
     progress: bool = False,
+    device="cpu",
 ) -> dict[str, Cavs]:
     """Fit {kind: CAVs} of `n_images` random images against as many others, for the empirical null.
 
-    The one concept is "random". Raises ValueError where there are fewer than 2 · n_images random images.
+    The random images are dealt into pools of 2 · n_images, every draw halves one of them, and the pools take
+    turns. So all draws of a pool share their rows, and hundreds cost little more than one. The one concept is
+    "random". Raises ValueError where there are fewer than 2 · n_images random images.
     """
-    if n_images < 1 or n_draws < 1 or len(random) < 2 * n_images:
+    n_pools = len(random) // (2 * max(n_images, 1))
+    if n_images < 1 or n_draws < 1 or not n_pools:
         raise ValueError(
             f"{n_images} random images against others need {2 * n_images} of them, not {len(random)}"
         )
-    positive, negative = np.zeros((2, len(random), n_draws), dtype=bool)
-    for draw in range(n_draws):
-        images = np.random.default_rng(seed + draw).permutation(len(random))
-        positive[images[:n_images], draw] = negative[images[n_images : 2 * n_images], draw] = True
-    return _fit(random, {"random": ([random], positive, negative)}, kinds, progress)
+    pools = np.random.default_rng(seed).permutation(len(random))[: n_pools * 2 * n_images]
+    fits = []
+    for number, pool in enumerate(pools.reshape(n_pools, -1)[:n_draws]):
+        draws = range(number, n_draws, n_pools)
+        orders = [np.random.default_rng([seed, draw]).permutation(len(pool)) for draw in draws]
+        positive = np.stack(orders, axis=1) < n_images
+        part = select_images(random, np.sort(pool))
+        fits.append(_fit(random, {"random": ([part], positive, ~positive)}, kinds, progress, device))
+    order = np.argsort(np.concatenate([np.arange(k, n_draws, n_pools) for k in range(len(fits))]))
+    joined = {}
+    for kind in kinds:
+        vectors, thresholds = (
+            np.concatenate([getattr(fit[kind], name) for fit in fits], axis=2)[:, :, order]
+            for name in ("vectors", "thresholds")
+        )
+        joined[kind] = replace(fits[0][kind], vectors=vectors, thresholds=thresholds)
+    return joined
 
 
 def cav_accuracies(
@@ -100,6 +129,7 @@ def cav_accuracies(
     concepts: Sequence[str] | None = None,
     seed: int = 0,
     progress: bool = False,
+    device="cpu",
 ) -> dict[str, np.ndarray]:
     """Return {kind: (layers, concepts, draws, folds)}: held-out accuracies on the draws of `fit_cavs`.
 
@@ -108,7 +138,7 @@ def cav_accuracies(
     draws = _draw_contrasts(activations, None, concepts, n_draws, seed)
     layers = next(iter(activations.values())).layers
     found = [
-        held_out_accuracy(*pooled(sources, layer), positive, negative, n_folds, kinds, seed)
+        held_out_accuracy(*pooled(sources, layer), positive, negative, n_folds, kinds, seed, device)
         for layer in tqdm(layers, desc="accuracy", disable=not progress, leave=False)
         for sources, positive, negative in draws.values()
     ]
@@ -117,21 +147,21 @@ def cav_accuracies(
 
 
 def _fit(
-    source: Activations, draws: Mapping[str, tuple], kinds: Sequence[str], progress: bool
+    source: Activations, draws: Mapping[str, tuple], kinds: Sequence[str], progress: bool, device
 ) -> dict[str, Cavs]:
     """Return {kind: CAVs} of {concept: (sources, positive, negative)}, with the model of `source`."""
     found = [
-        fit_directions(*pooled(sources, layer), positive, negative, kinds)
+        fit_directions(*pooled(sources, layer), positive, negative, kinds, device)
         for layer in tqdm(source.layers, desc="CAVs", disable=not progress, leave=False)
         for sources, positive, negative in draws.values()
     ]
-    cavs = {}
+    cavs, n_images = {}, min(int(positive.sum(0).min()) for _, positive, _ in draws.values())
     for kind in kinds:
         vectors, thresholds = (np.stack(part) for part in zip(*(part[kind] for part in found), strict=True))
         shape = len(source.layers), len(draws)
         vectors, thresholds = (part.reshape(*shape, *part.shape[1:]) for part in (vectors, thresholds))
         model = source.model_id, source.model_key, source.n_layers
-        cavs[kind] = Cavs(vectors, tuple(source.layers), tuple(draws), kind, *model, thresholds)
+        cavs[kind] = Cavs(vectors, tuple(source.layers), tuple(draws), kind, *model, thresholds, n_images)
     return cavs
 
 
@@ -158,6 +188,9 @@ def _draw_contrasts(activations, random, concepts, n_draws: int, seed: int) -> d
     return drawn
 
 
+WEIGHTINGS = ("attention", "plain", "cls", "no cls", "top")
+
+
 def image_scores(
     model, inputs, target, cavs: Mapping[str, Cavs], batch_size: int = 32, progress: bool = False
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -167,23 +200,23 @@ def image_scores(
     target  as in `token_gradients`, one for all
     cavs    {name: CAVs}, so that several kinds and the random ones share one forward and one backward pass
 
-    Weightings are attention, plain and cls. TTCAV scores are `(scores > 0).mean(-2)`, (layers, concepts,
-    draws).
+    The weightings are attention; plain; cls, the classification token alone; no cls, attention at all other
+    tokens; and top, only the tokens of `top_tokens`. TTCAV scores are `(scores > 0).mean(-2)`, (layers, concepts, draws).
     """
     target = find_class(model, target) if isinstance(target, str) else target
-    collected: dict[str, dict[str, list]] = {name: {"attention": [], "plain": [], "cls": []} for name in cavs}
+    collected: dict[str, dict[str, list]] = {name: {w: [] for w in WEIGHTINGS} for name in cavs}
 
     def score(places):
         """Return {(name, weighting): (layers, concepts, images, draws)} of some images."""
         batch, found = take_rows(model, inputs, places), {}
-        gradients, attention = token_gradients(model, batch, target)
-        n_tokens = batch["attention_mask"].sum(-1) if "attention_mask" in batch else gradients[0].shape[1]
+        states, gradients, attention = token_states(model, batch, target)
+        real = batch.get("attention_mask", states[0].new_ones(states[0].shape[:2])).bool()
         for name, group in cavs.items():
             layers = [
-                _image_means(gradients[layer], attention[layer], vectors, n_tokens)
+                _image_means(states[layer], gradients[layer], attention[layer], real, vectors)
                 for layer, vectors in zip(group.layers, group.vectors, strict=True)
             ]
-            for weighting in collected[name]:
+            for weighting in WEIGHTINGS:
                 found[name, weighting] = np.stack([means[weighting] for means in layers])
         return found
 
@@ -196,17 +229,19 @@ def image_scores(
     }
 
 
-def _image_means(gradients, cls_attention, vectors, n_tokens) -> dict[str, np.ndarray]:
+def _image_means(states, gradients, cls_attention, real, vectors) -> dict[str, np.ndarray]:
     """Return {weighting: means over tokens (concepts, images, draws)}, vectors (concepts, draws, hidden)."""
     cavs = vectors.reshape(-1, vectors.shape[-1])
+    s = plain_derivatives(gradients, cavs)
+    a, scale = cls_attention.to(s), attention_scale(s, cls_attention)
     sums = {
-        "attention": attention_weighted_derivatives(gradients, cls_attention, cavs).sum(1),
-        "plain": plain_derivatives(gradients.sum(1), cavs),
-        "cls": plain_derivatives(gradients[:, 0], cavs),
+        "attention": torch.einsum("bt,btn->bn", a, s) * scale,
+        "no cls": torch.einsum("bt,btn->bn", a[:, 1:], s[:, 1:]) * scale,
+        "plain": s.sum(1),
+        "cls": s[:, 0],
+        "top": (s * top_tokens(states, cavs, real)).sum(1),
     }
-    means = {
-        weighting: part.float().T / n_tokens for weighting, part in sums.items()
-    }  # (concepts · draws, images)
+    means = {weighting: part.float().T / real.sum(1) for weighting, part in sums.items()}
     return {
         weighting: part.unflatten(0, vectors.shape[:2]).transpose(1, 2).cpu().numpy()
         for weighting, part in means.items()
@@ -226,6 +261,7 @@ def save_cavs(cavs: Cavs, path: str | Path) -> None:
         "concepts": json.dumps(cavs.concepts),
         "draws": str(cavs.vectors.shape[2]),
         "hidden": str(cavs.vectors.shape[3]),
+        "n_images": str(cavs.n_images),
     }
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         arrays = {"vectors": np.ascontiguousarray(cavs.vectors)}
@@ -251,7 +287,8 @@ def load_cavs(path: str | Path, model) -> Cavs:
         layers, concepts = (tuple(json.loads(saved[name])) for name in ("layers", "concepts"))
         model_of = saved["model_id"], saved["model_key"], int(saved["n_layers"])
         vectors, thresholds = arrays["vectors"], arrays.get("thresholds")
-        cavs = Cavs(vectors, layers, concepts, saved["kind"], *model_of, thresholds)
+        n_images = int(saved["n_images"])
+        cavs = Cavs(vectors, layers, concepts, saved["kind"], *model_of, thresholds, n_images)
     except DAMAGE as error:
         raise ValueError(
             f"{path.name} is damaged or holds no CAVs; run 03_concept_training again ({error})"

@@ -1,12 +1,14 @@
 """Sentences with labels: human-rated ones from PyPI, the paper's sets by hub name, or a local folder."""
 
 import hashlib
+import json
 import shutil
 import tarfile
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from transformers import AutoTokenizer
@@ -22,6 +24,7 @@ VADER_MEMBERS = {
     "nyt": "nytEditorialSnippets",
     "tweets": "tweets",
 }
+VADER_LEXICON = "vaderSentiment-3.3.2/vaderSentiment/vader_lexicon.txt"
 SHORT = 15  # word pieces, the paper's bound for its "short" panel
 NEUTRAL = 0.5  # ratings within ± NEUTRAL carry no label
 READERS = {
@@ -66,13 +69,35 @@ def load_sentences(name: str, split: str = "test", n_samples: int | None = None,
     return sentences
 
 
-def fetch_vader() -> dict[str, Path]:
-    """Fetch VADER's rated sentences once and return the cached file of each domain.
+def load_word_ratings() -> pd.DataFrame:
+    """Return how people rate 7,506 words, slang and emoticons, one line each, with the word as the index.
 
-    pip downloads the source archive with its SHA-256 required; only the four ground-truth members are
-    extracted. Raises ConnectionError where pip cannot get the archive, ValueError where its hash differs.
+    rating     mean of ten raters, from -4 (most negative) to 4 (most positive)
+    deviation  standard deviation of the ten, 0 where all agree
+
+    Both are computed from the ten ratings, which the file's own columns misstate for a few words. Words are
+    in lower case, some emoticons are not. Of 14 that are there twice the later entry counts, as in VADER
+    itself. A word that is not there was rated by nobody; that does not make it neutral. Raises as
+    `fetch_vader` does.
+
+    Source: the lexicon of VADER (Hutto and Gilbert, 2014), version 3.3.2, MIT licence.
+    """
+    lines = fetch_vader()["words"].read_text(encoding="utf8").splitlines()
+    words, _, _, ratings = zip(*(line.split("\t") for line in lines), strict=True)
+    ten = np.array([json.loads(each) for each in ratings])  # (words, 10)
+    table = pd.DataFrame({"rating": ten.mean(1), "deviation": ten.std(1)}, pd.Index(words, name="word"))
+    return table[~table.index.duplicated(keep="last")]
+
+
+def fetch_vader() -> dict[str, Path]:
+    """Fetch VADER's rated sentences and words once; return the cached file of each domain, and of "words".
+
+    pip downloads the source archive with its SHA-256 required; only the four ground-truth members and the
+    lexicon are extracted. Raises ConnectionError where pip cannot get the archive, ValueError where its hash
+    differs.
     """
     paths = {domain: CACHE / f"{stem}_GroundTruth.txt" for domain, stem in VADER_MEMBERS.items()}
+    paths["words"] = CACHE / Path(VADER_LEXICON).name
     if all(path.exists() for path in paths.values()):
         return paths
     from_source = ("--no-binary", "vaderSentiment")
@@ -82,10 +107,13 @@ def fetch_vader() -> dict[str, Path]:
 
 
 def extract_vader(archive: Path, paths: dict[str, Path]) -> None:
-    """Copy the ground-truth members of the VADER source archive to `paths`, whole or not at all."""
+    """Copy the members that `paths` name from the VADER source archive, each whole or not at all."""
     with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(VADER_RESOURCES)) as inner:
-        for path in paths.values():
-            source = inner.extractfile(f"hutto_ICWSM_2014/{path.name}")
+        for name, path in paths.items():
+            if name == "words":
+                source = outer.extractfile(VADER_LEXICON)
+            else:
+                source = inner.extractfile(f"hutto_ICWSM_2014/{path.name}")
             assert source is not None
             with written_whole(path) as unfinished, unfinished.open("wb") as target:
                 shutil.copyfileobj(source, target)
@@ -107,8 +135,10 @@ def _in_test(key: str) -> bool:
 def _vader_splits(domain: str) -> DatasetDict:
     """Read one domain and split it by document; a text of any test split is dropped from train."""
     frames = {}
-    for name, path in fetch_vader().items():
-        rows = [line.split("\t", 2) for line in path.read_text(encoding="utf8").splitlines() if line.strip()]
+    files = fetch_vader()
+    for name in VADER_MEMBERS:
+        lines = files[name].read_text(encoding="utf8").splitlines()
+        rows = [line.split("\t", 2) for line in lines if line.strip()]
         frame = pd.DataFrame(rows, columns=["id", "rating", "text"])
         frame["rating"] = frame["rating"].astype(float)
         frame["text"] = frame["text"].str.strip()

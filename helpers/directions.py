@@ -1,9 +1,10 @@
 """Many directions at once: draws from one set of images, which differ only in the images they take.
 
 All draws share their rows, and their logistic regressions lie near that of their mean. Newton's method
-solves that one; its solution and curvature then start an L-BFGS (Nocedal 1980) of all draws together, each
-step of it two matrix products, in single precision first and then in double. Means, patterns and Fisher's
-matrices are sums over images.
+solves that one roughly, on a sample of the rows; its solution and curvature then start an L-BFGS (Nocedal
+1980) of all draws together, each step of it two matrix products, in single precision, and in double where
+that is too coarse. Means, patterns and Fisher's matrices are sums over images. All of it runs on one device,
+a GPU included.
 """
 
 import warnings
@@ -16,32 +17,31 @@ from sklearn.model_selection import StratifiedKFold
 
 from helpers.tcav import ALIKE, KINDS, NOT_FINITE
 
-ANGLES = {torch.float32: 1e-2, torch.float64: 1e-4}  # how far from the optimum a vector may be, see `_angle`
-STEPS, MEMORY, TRIES = (
-    100,
-    8,
-    5,
-)  # of L-BFGS: steps, earlier ones that it remembers, shorter ones that it tries
+ANGLE = 1e-2  # how far from its optimum a vector may be, see `_angle`: cosines are above 1 - 5e-5
+NEWTON_ANGLE, NEWTON_ROWS = 0.3, 8  # of the first regression: its angle, and rows for each of its numbers
+STEPS, MEMORY, TRIES = 100, 8, 5  # of L-BFGS: steps, earlier ones it remembers, shorter ones it tries
 BLOCK = 2**21  # numbers in an array of rows × draws
 MATRICES = 2**25  # numbers in an array of draws, or images, × hidden × hidden
 
 
 def fit_directions(
-    rows, lengths, positive, negative, kinds: Sequence[str] = ("logistic",)
+    rows, lengths, positive, negative, kinds: Sequence[str] = ("logistic",), device="cpu"
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return {kind: (unit vectors (draws, hidden), thresholds (draws,))}; `fit_direction` does it for one.
 
     rows                (rows, hidden), of all images, one below the other
     lengths             (images,) the number of rows of each image
     positive, negative  bool (images, draws), the images on either side of a draw
+    device              where to compute, in double precision but for the regressions
 
     Raises ValueError for an unknown kind, an empty side, and rows that hold NaN or infinity or are alike on
     both sides. Warns of logistic regressions that did not converge.
     """
     if unknown := set(kinds) - set(KINDS):
         raise ValueError(f"kinds {sorted(unknown)} are unknown; use some of {', '.join(KINDS)}")
-    rows, lengths = torch.tensor(np.asarray(rows)), torch.as_tensor(lengths)
-    sides = [torch.as_tensor(side).double() for side in (positive, negative)]
+    rows = torch.tensor(np.asarray(rows), device=device)
+    lengths = torch.as_tensor(lengths, device=device)
+    sides = [torch.as_tensor(side, device=device).double() for side in (positive, negative)]
     counts = [side.T @ lengths.double() for side in sides]
     if not all(count.all() for count in counts):
         raise ValueError("a CAV needs rows on both sides; some draw has none on one")
@@ -49,7 +49,7 @@ def fit_directions(
     if not torch.isfinite(center).all():
         raise ValueError(NOT_FINITE)
     x = (rows - center).double()
-    image = torch.arange(len(lengths)).repeat_interleave(lengths)
+    image = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
     sums = x.new_zeros(len(lengths), x.shape[1]).index_add_(0, image, x)
     means = [side.T @ sums / count[:, None] for side, count in zip(sides, counts, strict=True)]
     between = means[0] - means[1]
@@ -70,12 +70,20 @@ def fit_directions(
         norms = vectors.norm(dim=1)
         units = vectors / norms[:, None]
         thresholds = -w[-1] / norms if kind == "logistic" else ((means[0] + means[1]) / 2 * units).sum(1)
-        found[kind] = units.float().numpy(), (thresholds + units @ center.double()).numpy()
+        thresholds = thresholds + units @ center.double()
+        found[kind] = units.float().cpu().numpy(), thresholds.cpu().numpy()
     return found
 
 
 def held_out_accuracy(
-    rows, lengths, positive, negative, n_folds: int = 5, kinds: Sequence[str] = ("logistic",), seed: int = 0
+    rows,
+    lengths,
+    positive,
+    negative,
+    n_folds: int = 5,
+    kinds: Sequence[str] = ("logistic",),
+    seed: int = 0,
+    device="cpu",
 ) -> dict[str, np.ndarray]:
     """Return {kind: (draws, folds)}: the share of held-out rows that fall on their side; folds are by image.
 
@@ -96,7 +104,8 @@ def held_out_accuracy(
             held[images[test], draw, fold] = True
     kept = [(side[:, :, None] & ~held).reshape(len(held), -1) for side in (positive, negative)]
     rows, accuracies = np.asarray(rows), {}
-    for kind, (vectors, thresholds) in fit_directions(rows, lengths, kept[0], kept[1], kinds).items():
+    fits = fit_directions(rows, lengths, kept[0], kept[1], kinds, device)
+    for kind, (vectors, thresholds) in fits.items():
         accuracies[kind] = np.empty(held.shape[1:])
         for column, (draw, fold) in enumerate(np.ndindex(held.shape[1:])):
             test, truth = (np.repeat(part, lengths) for part in (held[:, draw, fold], positive[:, draw]))
@@ -112,23 +121,20 @@ def fit_logistic(x, image, positive, negative) -> torch.Tensor:
     image               (rows,) the image of each row
     positive, negative  float64 (images, draws), 1 for the images on that side
 
-    Warns where a vector may be more than an angle of 1e-4 from its optimum.
+    Warns where a vector may be further than `ANGLE` from its optimum.
     """
     x, member = torch.nn.functional.pad(x, (0, 1), value=1.0), positive + negative
-    means = (side.mean(1, keepdim=True).float()[image] for side in (member, positive))
-    start, curvature = _newton(x.float(), *means)
+    start, curvature = _newton(x, *(side.mean(1, keepdim=True)[image] for side in (member, positive)))
     w = start.repeat(1, member.shape[1])
-    for dtype, angle in ANGLES.items():
+    angles = w.new_full((w.shape[1],), torch.inf)
+    for dtype in (torch.float32, torch.float64):
         rows = x.to(dtype)
-        for draws in torch.arange(w.shape[1]).split(max(1, BLOCK // len(x))):
+        for draws in (angles > ANGLE).nonzero()[:, 0].split(max(1, BLOCK // len(x))):
             chosen, label = (side[:, draws].to(dtype)[image] for side in (member, positive))
-            w[:, draws], left = _lbfgs(rows, chosen, label, w[:, draws], curvature, angle)
-            if left != 0 and dtype == torch.float64:
-                warnings.warn(
-                    f"logistic CAVs did not converge; one may be {left:.1g} off",
-                    ConvergenceWarning,
-                    stacklevel=4,
-                )
+            w[:, draws], angles[draws] = _lbfgs(rows, chosen, label, w[:, draws], curvature)
+    if (worst := angles.max().item()) > ANGLE:
+        message = f"logistic CAVs did not converge; one may be {worst:.1g} off"
+        warnings.warn(message, ConvergenceWarning, stacklevel=4)
     return w
 
 
@@ -160,7 +166,15 @@ def _move(x, member, label, w, gradient, step):
 
 
 def _newton(x, member, label):
-    """Return the solution (hidden + 1, 1) of one regression, about, and its curvature, factored."""
+    """Return the solution (hidden + 1, 1) of one regression, about, and its curvature, factored.
+
+    Of many rows a sample stands for all, drawn by how often they are members.
+    """
+    size = min(NEWTON_ROWS * x.shape[1], int((member > 0).sum()))
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.multinomial(member[:, 0].cpu(), size, generator=generator).to(x.device)
+    each, share = member.sum() / size, label[sample] / member[sample]
+    x, member, label = (part.float() for part in (x[sample], each * torch.ones_like(share), each * share))
     w = x.new_zeros(x.shape[1], 1, dtype=torch.float64)
     gradient = _gradient(x, member, label, w)
     for _ in range(STEPS):
@@ -170,50 +184,45 @@ def _newton(x, member, label):
         hessian.diagonal().add_(1e-6 * hessian.trace())  # the rounding of single precision
         curvature = torch.linalg.cholesky(hessian)
         w, gradient = _move(x, member, label, w, gradient, -torch.cholesky_solve(gradient, curvature))
-        if _angle(gradient, w) <= ANGLES[torch.float32]:
+        if _angle(gradient, w) <= NEWTON_ANGLE:
             break
     return w, curvature
 
 
-def _lbfgs(x, member, label, w, curvature, angle):
-    """Return w (hidden + 1, draws) within `angle` of the optima, and the largest angle of those that are
-    not, or 0.
-    """
-    solved, going = w.clone(), torch.arange(w.shape[1])
+def _lbfgs(x, member, label, w, curvature):
+    """Return w (hidden + 1, draws), near the optima, and the angle (draws,) that each may be off."""
+    solved, angles, going = w.clone(), w.new_zeros(w.shape[1]), torch.arange(w.shape[1], device=w.device)
     gradient, pairs = _gradient(x, member, label, w), []
-    for _ in range(STEPS):
-        far = ~(_angle(gradient, w) <= angle)
-        if not far.all():  # the others are done
-            solved[:, going] = w
-            going, w, gradient, member, label = (
-                going[far],
-                w[:, far],
-                gradient[:, far],
-                member[:, far],
-                label[:, far],
-            )
+    for step_number in range(STEPS + 1):
+        angle = _angle(gradient, w).nan_to_num(nan=torch.inf)
+        far = angle > ANGLE
+        if step_number == STEPS or not far.all():  # those that are done
+            solved[:, going], angles[going] = w, angle
+            going, w, gradient = going[far], w[:, far], gradient[:, far]
+            member, label = member[:, far], label[:, far]
             pairs = [(s[:, far], y[:, far]) for s, y in pairs]
-        if not len(going):
-            return solved, 0.0
+        if step_number == STEPS or not len(going):
+            break
         step, scales = gradient.clone(), []
         for s, y in reversed(pairs):
             rho = 1 / (s * y).sum(0).clamp_min(1e-30)
             scales.append((rho, rho * (s * step).sum(0)))
             step -= scales[-1][1] * y
         step = torch.cholesky_solve(step, curvature)
+        for s, y in pairs[-1:]:  # how the curvature of a draw is to that of the mean
+            step *= (s * y).sum(0) / (y * torch.cholesky_solve(y, curvature)).sum(0).clamp_min(1e-30)
         for (s, y), (rho, scale) in zip(pairs, reversed(scales), strict=True):
             step += (scale - rho * (y * step).sum(0)) * s
         moved, after = _move(x, member, label, w, gradient, -step)
         pairs = [*pairs, (moved - w, after - gradient)][-MEMORY:]
         w, gradient = moved, after
-    solved[:, going] = w
-    return solved, float(_angle(gradient, w).max())
+    return solved, angles
 
 
 def _covariance_times(x, image, member, w):
     """Return (draws, hidden): the covariance of the rows of each draw, times their number and its w."""
     found = []
-    for draws in torch.arange(w.shape[1]).split(max(1, BLOCK // len(x))):
+    for draws in torch.arange(w.shape[1], device=w.device).split(max(1, BLOCK // len(x))):
         chosen, z = member[:, draws][image], x @ w[:, draws]
         z -= (chosen * z).sum(0) / chosen.sum(0)
         found.append((x.T @ z.mul_(chosen)).T)
@@ -221,27 +230,29 @@ def _covariance_times(x, image, member, w):
 
 
 def _fisher(x, lengths, sides, means):
-    """Return (draws, hidden): the inverse covariance within the sides times the difference of the means."""
-    found = []
-    for draws in torch.arange(len(means[0])).split(max(1, MATRICES // x.shape[1] ** 2)):
-        within = _scatter(x, lengths, (sides[0] + sides[1])[:, draws])
-        for side, mean in zip(sides, means, strict=True):
-            count = side[:, draws].T @ lengths.double()
-            within -= torch.einsum("k,ki,kj->kij", count, mean[draws], mean[draws])
-        diagonal = within.diagonal(dim1=1, dim2=2)
-        shrinkage = 1e-4 * diagonal.mean(1, keepdim=True)  # a little, for few rows
-        diagonal += torch.where(shrinkage > 0, shrinkage, 1.0)
-        found.append(torch.linalg.solve(within, (means[0] - means[1])[draws]))
-    return torch.cat(found)
+    """Return (draws, hidden): the inverse covariance of all rows of a draw times the difference of its means.
+
+    It is parallel to that with the covariance within the sides (Sherman and Morrison 1950), and draws of the
+    same images share it.
+    """
+    between, found = means[0] - means[1], torch.empty_like(means[0])
+    members, draws = torch.unique((sides[0] + sides[1]).T, dim=0, return_inverse=True)
+    for some in torch.arange(len(members)).split(max(1, MATRICES // x.shape[1] ** 2)):
+        total, sums = _scatter(x, lengths, members[some].T)
+        counts = members[some] @ lengths.double()
+        total -= torch.einsum("ki,kj->kij", sums, sums / counts[:, None])
+        diagonal = total.diagonal(dim1=1, dim2=2)
+        diagonal += 1e-4 * diagonal.mean(1, keepdim=True)  # a little, for few rows
+        for number, matrix in zip(some.tolist(), total, strict=True):
+            found[draws == number] = torch.linalg.solve(matrix, between[draws == number].T).T
+    return found
 
 
 def _scatter(x, lengths, weights):
-    """Return (draws, hidden, hidden): the sum over images of weight · rowsᵀ rows, from one Gram matrix an
-    image.
-    """
+    """Return sums over images, weighted: of rowsᵀ rows (draws, hidden, hidden), of rows (draws, hidden)."""
     hidden, parts = x.shape[1], x.split(lengths.tolist())
     total, size = x.new_zeros(weights.shape[1], hidden**2), max(1, MATRICES // hidden**2)
     for start in range(0, len(parts), size):
         grams = torch.stack([part.T @ part for part in parts[start : start + size]])
         total += weights[start : start + size].T @ grams.flatten(1)
-    return total.unflatten(1, (hidden, hidden))
+    return total.unflatten(1, (hidden, hidden)), weights.T @ torch.stack([part.sum(0) for part in parts])

@@ -37,6 +37,7 @@ FAMILIES = {  # what a method needs: attention alone, a gradient, changed inputs
         "AttnLRP",
         "Shapley-Rel-Att-CLS",
         "Shapley-Rel-Att-Received",
+        "Shapley-Rel-Att-Contrast",
         "Signed received",
         "Integrated gradients",
     ),
@@ -210,6 +211,7 @@ def patch_heatmaps(
     shared: bool = False,
     outlines: Sequence[np.ndarray] | None = None,
     unsigned: Mapping[str, str] | None = None,
+    overlay: bool = False,
 ) -> tuple[plt.Figure, np.ndarray]:
     """Draw images as rows and methods as columns of patch heatmaps, all on one signed colour scale.
 
@@ -220,6 +222,7 @@ def patch_heatmaps(
     outlines  bool mask (height, width) of each row, whose border is drawn over the maps
     unsigned  {column: unit} of columns with positive quantities: a scale of their own, from 0 to the column's
               largest
+    overlay   lay the maps over the image in grey, the more opaque the larger the value
 
     Zero is white and stays where it is; every patch is one flat square. Returns the figure and axes (rows, 1
     + methods).
@@ -244,7 +247,12 @@ def patch_heatmaps(
             top = largest[method] if shared or method in unsigned else np.abs(values).max()
             low, colors = (0, UNSIGNED) if method in unsigned else (-1, SIGNED)
             frame = {"extent": (0, width, height, 0), "interpolation": "nearest"}
-            axis.imshow(values / (top or 1), colors, vmin=low, vmax=1, **frame)
+            opacity = 1.0
+            if overlay:
+                grey = np.asarray(image, dtype=float).mean(-1)
+                axis.imshow(grey, "gray", **frame)
+                opacity = 0.85 * np.clip(np.abs(values) / (top or 1), 0, 1)
+            axis.imshow(values / (top or 1), colors, vmin=low, vmax=1, alpha=opacity, **frame)
             if outlines is not None and method not in unsigned:
                 centres = np.arange(width) + 0.5, np.arange(height) + 0.5
                 axis.contour(*centres, outlines[row], levels=[0.5], colors="black", linewidths=0.5)

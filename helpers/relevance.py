@@ -8,6 +8,9 @@ The rules, with sg(·) for what the backward pass holds constant; all else is li
     activation  x · sg(a(x) / x), and a'(0) where x = 0: ½ for GELU, 1 for tanh; ReLU is this rule already
     attention   "cp": sg(A). "attnlrp": softmax stays; in both products, QKᵀ and A·V, each factor gets half,
                 which makes ½ at v and at A, and ½ · ½ at q and k, since A's gradient goes on to them
+
+Contrast, ours, is "cp" measured from the average word x' and not from zero: the slope of an activation is
+sg((a(x) − a(x')) / (x − x')), and what counts of a state is its difference, h − h'.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -17,9 +20,16 @@ from torch import nn
 
 from helpers.images import patch_grid
 from helpers.labels import resolve_target
-from helpers.models import GRADIENT_SCALE, check_explainable, full_precision, transformer_blocks
+from helpers.models import (
+    GRADIENT_SCALE,
+    check_explainable,
+    check_players,
+    full_precision,
+    transformer_blocks,
+)
 
 RULES = ("none", "cp", "attnlrp")
+CLOSE = 1e-3  # activations whose inputs are closer than this in both passes take the derivative between them
 SHARE = 0.5  # of the gradient, for each factor of a product under attnlrp
 FAMILIES = ("bert", "distilbert", "roberta", "electra", "vit", "deit", "dinov2", "dinov2_with_registers")
 GELUS = [f"{name}Activation" for name in ("GELU", "NewGELU", "FastGELU", "QuickGELU", "AccurateGELU")]
@@ -74,6 +84,34 @@ def gradient_times_input(model, inputs, target=None, rules: str = "none") -> tor
         explained = logits.gather(1, chosen[:, None]).sum()
         (gradient,) = torch.autograd.grad(explained * GRADIENT_SCALE, embeddings)
     return times_input(model, inputs, embeddings[0], gradient / GRADIENT_SCALE)
+
+
+def contrast_relevance(model, inputs, players: torch.Tensor, target=None) -> torch.Tensor:
+    """Return Σ_d (h_t − h'_t)_d ∂̃y/∂h_td for the state h_t that enters each block, (batch, blocks, tokens).
+
+    players  bool (batch, tokens): for h' each of them is the average word, the mean of the embedding table,
+             or the average patch of its image
+    target   explained class as in `read_attention`; y is its logit
+
+    One forward pass without gradients, then one forward and one backward pass under contrast. Raises
+    ValueError as `gradient_times_input` does, and for players that do not fit.
+    """
+    check_explainable(model, inputs, gradients=True)
+    check_players(players)
+    check_rules(model, "cp")
+    origins, states = [], ([], [])
+    with torch.no_grad(), _contrast(model, origins, states[0], _averaged(model, players)):
+        model(**inputs)
+    with torch.enable_grad(), start_at_embeddings(model), _contrast(model, iter(origins), states[1]):
+        logits = model(**inputs).logits
+        explained = logits.gather(1, resolve_target(model, logits, target)[:, None]).sum()
+        gradients = torch.autograd.grad(explained * GRADIENT_SCALE, states[1])
+    both = zip(states[1], states[0], gradients, strict=True)
+    dtype = full_precision(logits.dtype)
+    found = [((h.detach() - other).to(dtype) * gradient.to(dtype)).sum(-1) for h, other, gradient in both]
+    if not torch.isfinite(relevance := torch.stack(found, 1) / GRADIENT_SCALE).all():
+        raise ValueError("the relevance holds NaN or infinity; check the weights or the precision")
+    return relevance
 
 
 @contextmanager
@@ -147,19 +185,22 @@ class _Slope(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def _hooks(model, rules: str):
-    """Register the hooks one by one, and yield their handles."""
+def _hooks(model, rules: str, activation=None):
+    """Register the hooks one by one, and yield their handles; activation(module, x, output) is their rule."""
+    activation = activation or _from_zero
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             yield module.register_forward_hook(_norm_rule)
         elif type(module).__name__ in SLOPE_AT_ZERO:
-            yield module.register_forward_hook(_activation_rule)
+            yield module.register_forward_hook(
+                lambda module, args, output: activation(module, args[0], output)
+            )
         parts = dict(module.named_children())
         if {
             "dense",
             "out_proj",
         } <= parts.keys() and "activation" not in parts:  # RoBERTa's head calls torch.tanh
-            yield from _tanh_between(parts["dense"], parts["out_proj"])
+            yield from _tanh_between(parts["dense"], parts["out_proj"], activation)
     factors = {"query": SHARE * SHARE, "key": SHARE * SHARE, "value": SHARE}
     if rules == "cp":
         factors = {"query": 0, "key": 0, "value": 1}
@@ -177,21 +218,69 @@ def _norm_rule(module, args, output):
     return _Slope.apply(args[0], output.detach(), slope, True)
 
 
-def _activation_rule(module, args, output):
-    return _secant(args[0], output, SLOPE_AT_ZERO[type(module).__name__])
-
-
-def _secant(x, output, at_zero: float):
+def _from_zero(module, x, output):
     """Return the activation's output, linear in x going back, with the slope a(x) / x."""
-    slope = (output.detach() / x.detach()).nan_to_num_(at_zero)  # 0 / 0 becomes the limit
+    slope = (output.detach() / x.detach()).nan_to_num_(
+        SLOPE_AT_ZERO[type(module).__name__]
+    )  # 0 / 0: its limit
     return _Slope.apply(x, output.detach(), slope, False)
 
 
-def _tanh_between(first, second):
-    """Give a tanh that is no module the rule, from the output of one layer to the input of the next."""
-    seen = []
+def _tanh_between(first, second, activation):
+    """Give a tanh that is no module its rule, from the output of one layer to the input of the next."""
+    seen, tanh = [], nn.Tanh()
     yield first.register_forward_hook(lambda module, args, output: seen.append(output))
-    yield second.register_forward_pre_hook(lambda module, args: (_secant(seen.pop(), args[0], 1.0),))
+    yield second.register_forward_pre_hook(lambda module, args: (activation(tanh, seen.pop(), args[0]),))
+
+
+@contextmanager
+def _contrast(model, origins, states: list, start=None):
+    """Keep the states that enter the blocks of the enclosed pass, and what its activations see in `origins`;
+
+    or, where `origins` is an iterator over such a list, let the pass go backward by contrast with it.
+    """
+
+    def from_origin(module, x, output):
+        if isinstance(origins, list):
+            origins.append((x.detach(), output.detach()))
+            return output
+        x0, output0 = next(origins)
+        between = ((x.detach() + x0) / 2).requires_grad_()
+        (slope,) = torch.autograd.grad(module.forward(between).sum(), between)
+        far = (x.detach() - x0).abs() > CLOSE
+        secant = (output.detach() - output0) / (x.detach() - x0)
+        return _Slope.apply(x, output.detach(), torch.where(far, secant, slope), False)
+
+    def keep(module, args, kwargs):
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    with ExitStack() as hooks:
+        if start is not None:
+            hooks.callback(model.get_input_embeddings().register_forward_hook(start).remove)
+        for block in transformer_blocks(model):
+            hooks.callback(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        for handle in _hooks(model, "cp", from_origin):
+            hooks.callback(handle.remove)
+        yield
+
+
+def _averaged(model, players: torch.Tensor):
+    """Return a hook that puts the average word, or patch, in the place of every player."""
+
+    def average(module, args, output):
+        text = isinstance(module, nn.Embedding)
+        prefix = players.shape[1] - output.shape[1]  # class and register tokens, which come later
+        if len(players) != len(output) or prefix < 0 or (text and prefix):
+            raise ValueError(
+                f"players {tuple(players.shape)} do not fit {tuple(output.shape[:2])} words or patches"
+            )
+        if text:
+            return torch.where(players[..., None], module.weight.mean(0).to(output), output)
+        inner = players[:, prefix:, None]
+        mean = (output * inner).sum(1, keepdim=True) / inner.sum(1, keepdim=True)
+        return torch.where(inner, mean, output)
+
+    return average
 
 
 def _scaling(factor: float):

@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import torch
 from scipy.linalg import LinAlgWarning, solve
+from scipy.special import expit
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
@@ -30,6 +31,12 @@ def token_gradients(model, inputs, target=None) -> tuple[dict[int, torch.Tensor]
     one backward pass; padding has no gradient and no attention. Raises ValueError for an unknown target, a
     model without eager attention, or gradients that are not finite.
     """
+    _, gradients, attention = token_states(model, inputs, target)
+    return gradients, attention
+
+
+def token_states(model, inputs, target=None) -> tuple[dict[int, torch.Tensor], ...]:
+    """Return the outputs {layer: f_l (batch, tokens, hidden)} before what `token_gradients` returns."""
     check_explainable(model, inputs, gradients=True)
     check_eager(model)
     target = find_class(model, target) if isinstance(target, str) else target
@@ -47,7 +54,8 @@ def token_gradients(model, inputs, target=None) -> tuple[dict[int, torch.Tensor]
         )
     rows = [weights[:, :, 0].detach() for weights in maps]
     attention = [row.mean(1, dtype=full_precision(row.dtype)) for row in rows]
-    return dict(enumerate(part / GRADIENT_SCALE for part in gradients)), dict(enumerate(attention))
+    found = [part.detach() for part in outputs], [part / GRADIENT_SCALE for part in gradients], attention
+    return tuple(dict(enumerate(part)) for part in found)
 
 
 def fit_cav(positive, negative, seed: int = 0, kind: str = "logistic") -> torch.Tensor:
@@ -72,7 +80,7 @@ def fit_direction(
     positive, negative  (rows, hidden)
     kind                "logistic": coefficients of a logistic regression, L2 penalty with C = 1; the paper's
                         "pattern": covariance of all rows times those coefficients (Haufe et al., 2014)
-                        "fisher": inverse covariance within the sides times the difference of their means
+                        "fisher": inverse covariance of all rows times the difference of the means
                         "mean_difference": also what regressing rows on labels gives (Pahde et al., 2024)
     seed                for solvers that shuffle rows; Newton's method, used here, draws nothing
 
@@ -98,10 +106,9 @@ def fit_direction(
     if kind == "mean_difference":
         direction = means[0] - means[1]
     elif kind == "fisher":
-        rows -= means[1 - is_positive.astype(int)]
-        within = (rows.T @ rows).astype(np.float64)
-        shrinkage = 1e-4 * np.trace(within) / len(within) or 1  # a little, for few rows
-        direction = solve(within + shrinkage * np.eye(len(within)), means[0] - means[1], assume_a="pos")
+        total = (rows.T @ rows).astype(np.float64)
+        shrinkage = 1e-4 * np.trace(total) / len(total) or 1  # a little, for few rows
+        direction = solve(total + shrinkage * np.eye(len(total)), means[0] - means[1], assume_a="pos")
     else:
         direction, intercept = _fit_logistic(rows, is_positive, seed)
         if kind == "pattern":
@@ -141,6 +148,34 @@ def cls_derivatives(gradients, cavs) -> torch.Tensor:
     return torch.nn.functional.pad(at_cls, (0, 0, 0, gradients.shape[1] - 1))
 
 
+def top_tokens(states, cavs, real=None, share: float = 0.1) -> torch.Tensor:
+    """Return bool (batch, tokens, n_cavs): the share of an image's tokens that lie furthest along a CAV.
+
+    states  (batch, tokens, hidden) outputs f of one layer; `real` (batch, tokens) leaves padding out
+
+    At least one token; ties at the border all count. After SuperActivators (arXiv 2512.05038): a concept
+    shows most reliably in its most extreme tokens.
+    """
+    along = plain_derivatives(states, cavs)
+    real = torch.ones_like(along[..., 0], dtype=torch.bool) if real is None else real
+    along = along.masked_fill(~real[..., None], -torch.inf)
+    counts = (share * real.sum(1)).ceil().long().clamp(min=1)
+    ranked = along.topk(int(counts.max()), dim=1).values
+    lowest = ranked.gather(1, (counts - 1)[:, None, None].expand(-1, 1, ranked.shape[2]))
+    return along >= lowest
+
+
+def smooth_scores(means, alpha: float = 4.0) -> np.ndarray:
+    """Return α-TCAV scores (..., draws) of mean derivatives (..., images, draws), with a smooth step.
+
+    A mean m counts σ(α · m / rms), rms over the images of each draw, in place of 1[m > 0]; α → ∞ is TTCAV.
+    Source: arXiv 2605.15688.
+    """
+    means = np.asarray(means, dtype=np.float64)
+    sizes = np.sqrt((means**2).mean(-2, keepdims=True))
+    return expit(alpha * means / np.where(sizes > 0, sizes, 1)).mean(-2)
+
+
 def attention_weighted_derivatives(gradients, cls_attention, cavs) -> torch.Tensor:
     """Return d (batch, tokens, n_cavs): d_t = a_t · s_t · ‖a‖/‖s‖, with s_t = ∂y/∂f_t · cav.
 
@@ -148,13 +183,17 @@ def attention_weighted_derivatives(gradients, cls_attention, cavs) -> torch.Tens
     cls_attention  (batch, tokens) a, of the same layer
     cavs           (n_cavs, hidden)
 
-    Where s is zero, so is d. s is divided by its largest entry first, so that norms of tiny gradients do
-    not vanish.
+    Where s is zero, so is d.
     """
     s = plain_derivatives(gradients, cavs)
-    s = s / _nonzero(s.abs().amax(1, keepdim=True))
-    a = cls_attention.to(s)[..., None]
-    return a * s * (a.norm(dim=1, keepdim=True) / _nonzero(s.norm(dim=1, keepdim=True)))
+    return cls_attention.to(s)[..., None] * s * attention_scale(s, cls_attention)[:, None]
+
+
+def attention_scale(s, cls_attention) -> torch.Tensor:
+    """Return ‖a‖/‖s‖ (batch, n_cavs) of plain derivatives s (batch, tokens, n_cavs), 0 where s is zero."""
+    norms = torch.linalg.vector_norm(s, dim=1, dtype=torch.float64)  # squares of tiny gradients do not vanish
+    norms = torch.where(norms > 0, cls_attention.double().norm(dim=1)[:, None] / norms, 0)
+    return norms.to(s)
 
 
 def ttcav_scores(derivatives) -> torch.Tensor:
@@ -168,7 +207,3 @@ def ttcav_scores(derivatives) -> torch.Tensor:
     if not len(derivatives):
         raise ValueError("there is no image to score")
     return (derivatives.mean(1) > 0).to(derivatives.dtype).mean(0)
-
-
-def _nonzero(norm: torch.Tensor) -> torch.Tensor:
-    return norm.masked_fill(norm == 0, 1)

@@ -1,7 +1,7 @@
-"""Gather what notebook 02 concludes on the default network and on those of a sweep: python -m report.networks
+"""Gather what 02 and 04 conclude on the default network and on those of a sweep: python -m report.networks
 
-Writes figures/networks/conclusions.csv, one line a conclusion and network, its value and 95 % interval, and
-draws them.
+Writes figures/networks/conclusions.csv, one line for each conclusion and network, its value and 95 % interval
+(none for counts), and draws the differences among them.
 """
 
 import csv
@@ -19,7 +19,9 @@ from workflow.runs import recorded_runs, run_states
 
 COLORS = ("#000000", "#777777", "#d55e00", "#e69f00", "#f0c060")  # the first is the default network
 MARKERS = "so^vD"
-NOTEBOOK = "02_vit_shapley"
+NOTEBOOKS = ("02_vit_shapley", "04_tcav")
+PATCHES = ("comp", "concept AP")
+CONCEPTS = ("AUC", "AUC, zebra", "AUC, dalmatian", "AUC, fire engine")
 COLUMNS = ("conclusion", "network", "value", "low", "high")
 
 
@@ -29,11 +31,13 @@ def gather(folder: Path, target: Path) -> int:
     Raises ValueError where a run of the sweep in `folder` is not finished, FileNotFoundError without the
     default run.
     """
-    runs, places = recorded_runs(folder), [find_results(ROOT / "runs/default/figures", NOTEBOOK)]
+    runs = recorded_runs(folder)
+    places = [find_results(ROOT / "runs/default/figures", notebook) for notebook in NOTEBOOKS]
     for run, notebook, state in run_states(runs, folder):
         if state != "finished":
             raise ValueError(f"{notebook} in {folder / run} is {state}; give the sweep's command again")
-        places.append(folder / run / "figures" / notebook)
+        if notebook in NOTEBOOKS:
+            places.append(folder / run / "figures" / notebook)
     lines = []
     for place in places:
         results = json.loads((place / "results.json").read_text(encoding="utf8"))
@@ -46,12 +50,13 @@ def gather(folder: Path, target: Path) -> int:
     return len(lines)
 
 
-def draw(table: pd.DataFrame, measures: tuple[str, str] = ("comp", "concept AP")) -> plt.Figure:
-    """Draw the conclusions on two measures, a point and its interval for each network."""
+def draw(table: pd.DataFrame, measures: tuple[str, ...]) -> plt.Figure:
+    """Draw the differences on some measures, a point and its interval for each network."""
+    table = table[table["conclusion"].str.contains(" − ")]
     by_network, networks = table.set_index(["conclusion", "network"]), table["network"].unique()
     names = {m: [name for name in table["conclusion"].unique() if name.endswith(f": {m}")] for m in measures}
     size = {"figsize": (plots.PAGE, 1.1 + 0.3 * len(names[measures[0]])), "layout": "constrained"}
-    figure, axes = plt.subplots(1, 2, sharey=True, **size)
+    figure, axes = plt.subplots(1, len(measures), sharey=True, **size)
     for axis, measure in zip(axes, measures, strict=True):
         for place, network in enumerate(networks):
             lines = by_network.xs(network, level="network").reindex(names[measure])
@@ -60,7 +65,8 @@ def draw(table: pd.DataFrame, measures: tuple[str, str] = ("comp", "concept AP")
             axis.hlines(at, lines["low"], lines["high"], color=color, linewidth=1)
             axis.plot(lines["value"], at, MARKERS[place % len(MARKERS)], ms=3, color=color, label=network)
         axis.axvline(0, color="0.6", linewidth=0.8)
-        axis.set(title=measure, xlabel="difference, 95 % interval")
+        axis.set(title=measure)
+    figure.supxlabel("difference, 95 % interval", fontsize=8)
     axes[0].set_yticks(range(len(lines)), [name.split(": ")[0] for name in names[measures[0]]], fontsize=7)
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center")
@@ -71,5 +77,7 @@ if __name__ == "__main__":
     plots.use_style()
     folder = ROOT / "figures" / "networks"
     count = gather(ROOT / "runs" / "networks", folder / "conclusions.csv")
-    save_figure(draw(pd.read_csv(folder / "conclusions.csv")), folder, "networks")
+    conclusions = pd.read_csv(folder / "conclusions.csv")
+    save_figure(draw(conclusions, PATCHES), folder, "networks")
+    save_figure(draw(conclusions, CONCEPTS), folder, "concepts")
     print(f"{count} lines in figures/networks/conclusions.csv")

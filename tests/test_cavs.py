@@ -23,6 +23,7 @@ from helpers import directions
 from helpers.activations import Activations, collect_activations
 from helpers.cavs import cav_accuracies, fit_cavs, fit_random_cavs, image_scores, load_cavs, save_cavs
 from helpers.directions import fit_directions, held_out_accuracy
+from helpers.statistics import empirical_p_values
 from helpers.tcav import (
     KINDS,
     attention_weighted_derivatives,
@@ -30,6 +31,8 @@ from helpers.tcav import (
     fit_direction,
     plain_derivatives,
     token_gradients,
+    token_states,
+    top_tokens,
 )
 from helpers.text import encode
 
@@ -55,7 +58,7 @@ def test_where_memory_runs_out_images_go_through_in_smaller_batches(vit, tmp_pat
     cavs = fit_random_cavs(collect_activations(vit, pixels(12), cache_dir=tmp_path / "all"), 3, 2)["logistic"]
     expected = image_scores(vit, pixels(7), 1, {"random": cavs})
     activations = collect_activations(vit, pixels(7), cache_dir=tmp_path / "all").layers
-    for module, name in ((activation_module, "token_activations"), (cavs_module, "token_gradients")):
+    for module, name in ((activation_module, "token_activations"), (cavs_module, "token_states")):
         monkeypatch.setattr(module, name, at_most_two(getattr(module, name)))
     with pytest.warns(UserWarning, match="^7 inputs at a time do not fit into memory; going on with 3$"):
         found = image_scores(vit, pixels(7), 1, {"random": cavs})
@@ -102,12 +105,30 @@ def test_random_images_take_the_place_of_other_concepts():
     assert (draws[:, :6] > 0).all() and ((draws[:, 6:] < 0).sum(1) == 6).all()
 
 
-def test_random_cavs_split_random_images_in_disjoint_halves():
-    [[draws]] = fit_random_cavs(one_hot(15, 15, 0), 6, n_draws=5, kinds=MEAN)["mean_difference"].vectors
-    assert ((draws > 0).sum(1) == 6).all() and ((draws < 0).sum(1) == 6).all()
-    assert len(np.unique(draws > 0, axis=0)) == 5
+def test_random_cavs_split_pools_of_random_images_in_halves():
+    found = fit_random_cavs(one_hot(15, 15, 0), 3, n_draws=5, kinds=MEAN)["mean_difference"]
+    [[draws]] = found.vectors
+    assert ((draws > 0).sum(1) == 3).all() and ((draws < 0).sum(1) == 3).all() and found.n_images == 3
+    assert len(np.unique(draws > 0, axis=0)) > 3
+    pools = draws != 0
+    np.testing.assert_array_equal(pools[[0, 1]], pools[[2, 3]])  # two pools of six take turns
+    assert not (pools[0] & pools[1]).any()
+    fewer = fit_random_cavs(one_hot(15, 15, 0), 3, n_draws=2, kinds=MEAN)["mean_difference"]
+    np.testing.assert_array_equal(fewer.vectors[0, 0], draws[:2])
     with pytest.raises(ValueError, match="need 16"):
         fit_random_cavs(one_hot(15, 15, 0), 8)
+
+
+def test_concepts_of_random_images_are_significant_as_often_as_the_null_says():
+    """A concept that means nothing, its CAV of 10 images against 10, and random CAVs of as many images."""
+    gradients = np.random.default_rng(0).standard_normal((2000, 8)) + 0.15
+    images = {f"concept {k}": planted(10, hidden=8, seed=1 + k) for k in range(200)}
+    shares = lambda cavs: ((cavs @ gradients.T) > 0).mean(-1)
+    pool = planted(400, hidden=8, seed=999)
+    null = shares(fit_random_cavs(pool, 10, 999)["logistic"].vectors[0, 0])
+    found = [fit_cavs({name: part}, 1, random=pool, seed=k) for k, (name, part) in enumerate(images.items())]
+    p = empirical_p_values(np.array([shares(fit["logistic"].vectors[0, 0])[0] for fit in found]), null)
+    assert 0.02 < (p < 0.05).mean() < 0.09 and 0.4 < np.median(p) < 0.6
 
 
 def test_cavs_are_the_same_for_a_seed_whatever_the_number_of_draws():
@@ -117,9 +138,9 @@ def test_cavs_are_the_same_for_a_seed_whatever_the_number_of_draws():
     cavs = fit_cavs(sources, n_draws=3)["logistic"]
     np.testing.assert_array_equal(fit_cavs(sources, n_draws=3)["logistic"].vectors, cavs.vectors)
     fewer = fit_cavs(sources, n_draws=2)["logistic"].vectors  # the same contrasts, from another start
-    np.testing.assert_allclose(fewer, cavs.vectors[:, :, :2], atol=1e-4)
+    np.testing.assert_allclose(fewer, cavs.vectors[:, :, :2], atol=directions.ANGLE)
     later = fit_cavs(sources, n_draws=2, seed=1)["logistic"].vectors
-    np.testing.assert_allclose(later, cavs.vectors[:, :, 1:], atol=1e-4)
+    np.testing.assert_allclose(later, cavs.vectors[:, :, 1:], atol=directions.ANGLE)
     assert (cavs.vectors[0, :, 0] != cavs.vectors[0, :, 1]).any(1).all()
     np.testing.assert_allclose(np.linalg.norm(cavs.vectors, axis=-1), 1, rtol=1e-5)
 
@@ -210,13 +231,20 @@ def test_image_scores_are_means_of_the_derivatives_whatever_the_batch(tokenizer,
     scores = image_scores(model, inputs, "neutral", cavs, batch_size=2)
     assert scores["relative"]["plain"].shape == (2, 3, 3, 4) and scores["random"]["cls"].shape == (2, 1, 3, 5)
     for row, text in enumerate(SENTENCES):
-        gradients, attention = token_gradients(model, encode([text], tokenizer, model), 2)
+        states, gradients, attention = token_states(model, encode([text], tokenizer, model), 2)
+        assert_close(token_gradients(model, encode([text], tokenizer, model), 2)[0], gradients)
         for i, layer in enumerate((0, 2)):
             vectors = torch.tensor(cavs["relative"].vectors[i, 2])
             for weighting, derivatives in (
                 ("attention", attention_weighted_derivatives(gradients[layer], attention[layer], vectors)),
                 ("plain", plain_derivatives(gradients[layer], vectors)),
                 ("cls", cls_derivatives(gradients[layer], vectors)),
+                (
+                    "no cls",
+                    attention_weighted_derivatives(gradients[layer], attention[layer], vectors)
+                    * (torch.arange(attention[layer].shape[1]) > 0)[:, None],
+                ),
+                ("top", plain_derivatives(gradients[layer], vectors) * top_tokens(states[layer], vectors)),
             ):
                 mine = torch.tensor(scores["relative"][weighting][i, 2, row])
                 assert_close(mine, derivatives.mean(1)[0], rtol=1e-3, atol=1e-6)
@@ -255,11 +283,11 @@ def test_draws_fitted_together_equal_converged_fits_of_one(shift):
         exact = (
             LogisticRegression(tol=1e-10, max_iter=10_000, solver="newton-cg").fit(rows, is_positive).coef_[0]
         )
-        assert found["logistic"][0][draw] @ exact / np.linalg.norm(exact) > 1 - 1e-7
+        assert found["logistic"][0][draw] @ exact / np.linalg.norm(exact) > 1 - directions.ANGLE**2 / 2
         for kind, (vectors, thresholds) in found.items():
             vector, threshold = fit_direction(*sides_of(*data, draw), kind)
-            np.testing.assert_allclose(vectors[draw], vector, atol=1e-3)
-            np.testing.assert_allclose(thresholds[draw], threshold, atol=5e-3)
+            np.testing.assert_allclose(vectors[draw], vector, atol=directions.ANGLE)
+            np.testing.assert_allclose(thresholds[draw], threshold, rtol=1e-3, atol=3 * directions.ANGLE)
             assert vectors.dtype == np.float32
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import subprocess
 import tarfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from helpers import data, fetch
-from helpers.data import load_sentences
+from helpers.data import load_sentences, load_word_ratings
 
 COUNTS = {  # name: sentences in train, positive among them, sentences in test, positive among them
     "movies": (7988, 3961, 2053, 1020),
@@ -115,6 +116,33 @@ def test_same_seed_draws_the_same_rows_without_replacement():
 
 def test_more_samples_than_there_are_keep_all_rows_in_their_order():
     assert load_sentences("nyt", n_samples=10_000)["text"][:] == load_sentences("nyt")["text"][:]
+
+
+# VADER's words
+
+
+def test_words_have_the_mean_and_the_deviation_of_their_ten_ratings():
+    table = load_word_ratings()
+    assert table.columns.tolist() == ["rating", "deviation"] and table.index.name == "word"
+    great = np.array([2, 4, 4, 4, 3, 3, 3, 3, 2, 3])
+    assert table.loc["great"].tolist() == pytest.approx([great.mean(), great.std()])
+    assert table.loc["horrible", "rating"] == -2.5 and table.loc["repetitive", "deviation"] > 0.6
+    assert "the" not in table.index
+
+
+def test_words_are_the_same_on_every_machine_each_once():
+    table = load_word_ratings()
+    assert len(table) == 7506 and table.index.is_unique and not table.isna().any(axis=None)
+    assert table["rating"].between(-4, 4).all() and table["deviation"].between(0, 4).all()
+    assert round(float(table["rating"].abs().sum()), 1) == 11583.2
+
+
+def test_of_words_that_are_there_twice_the_later_entry_counts(empty_cache):
+    empty_cache.mkdir()
+    for domain, path in cache_paths(empty_cache).items():
+        path.write_text("fine\t0\t0\t[1, 1]\nfine\t0\t0\t[2, 4]\n:D\t0\t0\t[0, 1]" * (domain == "words"))
+    table = load_word_ratings()
+    assert table.index.tolist() == ["fine", ":D"] and table.loc["fine"].tolist() == [3, 1]
 
 
 # Sets by name or folder
@@ -319,25 +347,30 @@ def pack(members, mode="w:gz"):
 
 @pytest.fixture
 def small_archive(tmp_path):
-    """An archive laid out like VADER's, with one sentence a domain and files that nobody asked for."""
+    """An archive laid out like VADER's, a word in each file, with files that nobody asked for."""
     members = {
         f"hutto_ICWSM_2014/{stem}_GroundTruth.txt": stem.encode() for stem in data.VADER_MEMBERS.values()
     }
+    outer = {"setup.py": b"raise SystemExit", data.VADER_LEXICON: b"words"}
     inner = pack({**members, "hutto_ICWSM_2014/other.txt": b"other", "../escape.txt": b"escape"})
     archive = tmp_path / "archive.tar.gz"
-    archive.write_bytes(pack({"setup.py": b"raise SystemExit", data.VADER_RESOURCES: inner}))
+    archive.write_bytes(pack({**outer, data.VADER_RESOURCES: inner}))
     return archive
 
 
 def cache_paths(folder):
-    return {domain: folder / f"{stem}_GroundTruth.txt" for domain, stem in data.VADER_MEMBERS.items()}
+    paths = {domain: folder / f"{stem}_GroundTruth.txt" for domain, stem in data.VADER_MEMBERS.items()}
+    return {**paths, "words": folder / "vader_lexicon.txt"}
+
+
+CONTENTS = {**data.VADER_MEMBERS, "words": "words"}  # of the small archive's files
 
 
 def test_only_the_named_members_are_extracted(small_archive, empty_cache):
     paths = cache_paths(empty_cache)
     data.extract_vader(small_archive, paths)
     assert {path: path.read_text() for path in empty_cache.iterdir()} == {
-        path: data.VADER_MEMBERS[domain] for domain, path in paths.items()
+        path: CONTENTS[name] for name, path in paths.items()
     }
     assert not list(empty_cache.parent.glob("**/escape.txt"))
 
@@ -355,10 +388,23 @@ def test_interrupted_extraction_leaves_no_half_file_that_counts_as_fetched(
         data.extract_vader(small_archive, paths)
     assert not any(path.exists() for path in paths.values())
     data.extract_vader(small_archive, paths)
-    assert [path.read_text() for path in paths.values()] == list(data.VADER_MEMBERS.values())
+    assert [path.read_text() for path in paths.values()] == list(CONTENTS.values())
 
 
 def test_fetched_files_are_used_again_without_pip(monkeypatch):
     data.fetch_vader()
     monkeypatch.setattr(fetch.subprocess, "run", lambda *args, **options: pytest.fail("pip was called"))
-    assert set(data.fetch_vader()) == {"movies", "amazon", "nyt", "tweets"}
+    assert set(data.fetch_vader()) == {"movies", "amazon", "nyt", "tweets", "words"}
+
+
+def test_cache_from_before_the_words_were_read_is_completed(small_archive, empty_cache, monkeypatch):
+    earlier = cache_paths(empty_cache)
+    words = earlier.pop("words")
+    data.extract_vader(small_archive, earlier)
+
+    @contextmanager
+    def fetched(*args):
+        yield small_archive
+
+    monkeypatch.setattr(data, "fetched_archive", fetched)
+    assert data.fetch_vader()["words"] == words and words.read_text() == "words"

@@ -65,12 +65,21 @@ def check_nlp_shapley(results):
         for name, row in rows.items():
             assert -1 <= row["comp mean"] <= 1 and -1 <= row["suff mean"] <= 1
             assert 0 <= row["F1 macro"] <= 1 and 0 <= row["F1 weighted"] <= 1
-            if name.startswith(("Shapley-Att", "Att", "Shapley-Grad", "Grad-SAM")):
+            if name.startswith(("Shapley-Att", "Att (", "Attention rollout", "Shapley-Grad", "Grad-")):
                 assert row["forwards"] == 1 and row["backwards"] == ("Grad" in name)
+            if name in ("AttnLRP", "CP-LRP", "Gradient × input") or name.startswith(
+                ("Chefer", "Shapley-Rel")
+            ):
+                assert row["forwards"] == 1 + ("Contrast" in name) and row["backwards"] == 1
+        assert {"AttnLRP", "Chefer (signed)", "Shapley-Rel-Att-Contrast"} <= set(rows)
         games = [name for name in rows if re.fullmatch(r"Shapley-(Grad-)?Att-(CLS|Mutual|Max-Mutual)", name)]
         assert len(games) == 6
     assert {"Shapley-Input", "SHAP (signed)", "SHAP (absolute)"} <= set(
         next(iter(results["faithfulness"].values()))
+    )
+    assert results["ratio_sentences"] > 0 and all(
+        mean["Shapley-Input"] == 1 and mean["Shapley-Rel-Att-Contrast"] > mean["Random"]
+        for mean in results["ratio_to_shapley_input"].values()
     )
     correlations = numbers(results["sampling_rank_correlation"])
     assert len(correlations) >= 3 and all(-1 <= correlation <= 1 for correlation in correlations)
@@ -97,13 +106,14 @@ def check_concept_training(results):
 
 def check_tcav(results):
     assert min(results["accuracy"].values()) > 0.9
-    assert results["largest_patch_gradient_last_block"] == 0
     assert all(0 <= score <= 1 for score in numbers(results["ttcav"]) + numbers(results["auc"]))
-    for target in results[
-        "ttcav"
-    ].values():  # in the last block only [CLS] has a gradient: any weight will do
-        for concept, scores in target["attention"].items():
-            assert scores[-1] == target["plain"][concept][-1] == target["cls"][concept][-1]
+    for target in results["ttcav"].values():
+        for concept in target["attention"]:
+            last = [target[weighting][concept][-1] for weighting in ("attention", "plain", "cls")]
+            reads_cls = results["largest_patch_gradient_last_block"] == 0
+            assert not reads_cls or len(set(last)) == 1  # only [CLS] has a gradient: any weight will do
+    assert {"attention: AUC", "attention − plain: AUC"} <= set(results["conclusions"])
+    assert results["auc"]["logistic, attention"] == pytest.approx(results["conclusions"]["attention: AUC"][0])
 
 
 def check_comparisons(results):

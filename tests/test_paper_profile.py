@@ -69,8 +69,8 @@ SMALL = {  # sizes; all else is the profile's own
     "n_folds": 2,
     "n_accuracy_draws": 1,
     "n_targets": 6,
-    "n_concept_images": 12,
-    "n_random_images": 5,
+    "n_random_images": 12,
+    "n_replicates": 2,
     "n_resamples": 50,
     "n_sentences": 6,
     "n_text_draws": 2,
@@ -344,14 +344,14 @@ def test_vit_base_runs_through_04(hub, tmp_path):
     model, _ = load_image_classifier(str(tmp_path / "vit"))
     names = ("striped", "dotted", "zigzagged")
     vectors = np.random.default_rng(0).standard_normal((12, 3, 2, 768), dtype=np.float32)
-    cavs = Cavs(vectors, tuple(range(12)), names, "logistic", "vit", model_key(model), 12)
+    cavs = Cavs(vectors, tuple(range(12)), names, "logistic", "vit", model_key(model), 12, n_images=4)
     save_cavs(cavs, tmp_path / "cavs.safetensors")
     given = {
         "targets": ["zebra: striped dotted zigzagged"],
         "n_targets": 5,
-        "n_concept_images": 5,
         "n_random": 2,
-        "n_random_images": 2,
+        "n_random_images": 4,
+        "n_replicates": 2,
         "cavs_path": str(tmp_path / "cavs.safetensors"),
     }
     folders = {"targets_dir": str(hub / "paper/targets"), "concepts_dir": str(hub / "paper/concepts")}

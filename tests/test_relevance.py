@@ -24,10 +24,11 @@ from transformers import (
 from helpers.attention import AttentionMaps, read_attention
 from helpers.baselines import chefer_relevance, grad_sam
 from helpers.estimators import enumerate_shapley, published_limit
+from helpers.images import patch_players
 from helpers.models import fast_attention, set_precision
-from helpers.relevance import SLOPE_AT_ZERO, gradient_times_input, relevance_rules
+from helpers.relevance import SLOPE_AT_ZERO, contrast_relevance, gradient_times_input, relevance_rules
 from helpers.runtime import measure_cost
-from helpers.shapley import attention_shapley, coalition_values, pairwise_matrix
+from helpers.shapley import attention_shapley, best_attention_game, coalition_values, pairwise_matrix
 from helpers.text import encode, token_players
 
 IMAGE_MODELS = {
@@ -146,10 +147,14 @@ def test_two_layers_of_width_two_solved_by_hand(rules, shares):
     assert_close(relevance, expected, rtol=0, atol=1e-10)
 
 
-def surrogate(model, embeddings, frozen, rules, nudge=None):
+def surrogate(
+    model, embeddings, frozen, rules, nudge=None, shift=None, states=None, origin=None, recording=False
+):
     """A BERT's logits written out, from word embeddings (tokens, width), with what the rules hold fixed.
 
-    The first call fills `frozen`; later ones read it. nudge = (layer, head, query, key, by) adds to a weight.
+    The first call fills `frozen`; later ones read it. nudge = (layer, head, query, key, by) adds to a weight,
+    shift = (layer, by) to the state that enters a layer, all of which `states` collects. `origin` collects
+    what activations see when recording, else their slopes start there.
     """
     bert, heads, place = model.bert, model.config.num_attention_heads, iter(range(1000))
 
@@ -161,7 +166,12 @@ def surrogate(model, embeddings, frozen, rules, nudge=None):
         return (x - x.mean(-1, keepdim=True)) / sigma * module.weight + module.bias
 
     def activate(function, x):
-        return x * held(function(x) / x)
+        if recording:
+            origin.append(x.clone())
+        if recording or (origin is None and shift is None):
+            return x * held(function(x) / x)
+        x0 = held(origin.pop(0) if origin else x)
+        return held(function(x0)) + (x - x0) * held((function(x) - function(x0)) / (x - x0))
 
     def product(a, b):
         return (a @ held(b) + held(a) @ b) / 2
@@ -177,6 +187,9 @@ def surrogate(model, embeddings, frozen, rules, nudge=None):
     )
     x = norm(table.LayerNorm, x)
     for number, layer in enumerate(bert.encoder.layer):
+        x = x + shift[1] if shift and shift[0] == number else x
+        if states is not None:
+            states.append(x)
         attention = layer.attention.self
         q, k, v = (split(part(x)) for part in (attention.query, attention.key, attention.value))
         scores = product(q, k.transpose(1, 2)) if rules == "attnlrp" else q @ k.transpose(1, 2)
@@ -523,3 +536,152 @@ def test_values_that_are_not_finite_are_named(model, tokenizer):
     model.bert.pooler.dense.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="gradient × input holds NaN or infinity"):
         gradient_times_input(model, encode(SENTENCES, tokenizer, model), rules="attnlrp")
+
+
+# The contrast with the average word, and the game on it
+
+
+def playing(model, inputs, tokenizers):
+    """Return who plays, by the kind of the inputs; tokenizers hold the special tokens."""
+    if "pixel_values" in inputs:
+        return patch_players(model, inputs)
+    return token_players(inputs, tokenizers[model.config.model_type == "roberta"])
+
+
+def test_contrast_solved_by_hand_without_attention(model, tokenizer):
+    """Blocks that pass their states on, the pooler's tanh, and a head that reads one of its numbers: with
+    h the state of [CLS], who does not play but sees the others by the first block's values alone."""
+    model = model.double()
+    inputs = encode(SENTENCES[:1], tokenizer, model)
+    players = token_players(inputs, tokenizer)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "encoder" in name and "LayerNorm" not in name:
+                parameter.zero_()
+        first = model.bert.encoder.layer[0].attention
+        first.self.value.weight.copy_(torch.eye(32))
+        first.output.dense.weight.copy_(torch.eye(32))
+    table = model.get_input_embeddings()
+    seen = []
+    hooks = [
+        part.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+        for part in (model.bert.embeddings.LayerNorm, first.output.LayerNorm, model.bert.pooler.dense)
+    ]
+    average = table.weight.mean(0).expand(players.shape[1], -1)
+    model(**inputs)
+    model(inputs_embeds=torch.where(players[..., None], average, table(inputs["input_ids"])))
+    for hook in hooks:
+        hook.remove()
+    (_, h), (s, _), (_, z), (_, other), (_, _), (_, z0) = seen  # with the words, and without
+    slope = (z.tanh() - z0.tanh()) / (z - z0) * model.classifier.weight[1]  # of the pooler, where they differ
+    back = slope[0] @ model.bert.pooler.dense.weight
+    for _ in range(5):  # norms of a state that is normed already: 1 / sqrt(1 + eps), about
+        back = (back - back.mean()) / (1 + model.config.layer_norm_eps) ** 0.5
+    sigma = (s[0, 0].var(correction=0) + model.config.layer_norm_eps).sqrt()
+    back = (back - back.mean()) / sigma / h.shape[1]  # attention is even
+    expected = (h - other)[0] @ back * players[0]
+    assert_close(best_attention_game(model, inputs, players, 1)[0], expected, rtol=1e-5, atol=1e-9)
+    assert expected.abs().max() > 1e-3
+
+
+def test_contrast_equals_finite_differences_of_the_network_with_frozen_parts(model, tokenizer):
+    model = model.double()
+    inputs = encode(SENTENCES[:1], tokenizer, model)
+    table, players = model.get_input_embeddings(), token_players(inputs, tokenizer)
+    words = table(inputs["input_ids"])[0]
+    average = torch.where(players[0, :, None], table.weight.mean(0), words)
+    origin, states, frozen = [], ([], []), {}
+    surrogate(model, average, {}, "cp", states=states[0], origin=origin, recording=True)
+    assert_close(
+        surrogate(model, words, frozen, "cp", states=states[1], origin=list(origin)),
+        model(**inputs).logits[0],
+    )
+    found = contrast_relevance(model, inputs, players, target=2)[0]
+    for layer, token in [(0, 1), (0, 5), (1, 2), (1, 0), (2, 3)]:
+        way = torch.zeros_like(words)
+        way[token] = (states[1][layer] - states[0][layer])[token]
+        up, down = (
+            surrogate(model, words, frozen, "cp", shift=(layer, step * way)) for step in (1e-5, -1e-5)
+        )
+        assert found[layer, token].item() == pytest.approx(((up - down)[2] / 2e-5).item(), rel=1e-6, abs=1e-9)
+        assert found[layer, token].abs() > 1e-6
+
+
+def test_best_game_is_received_on_attention_and_the_skip_connection(model, tokenizer):
+    """M[i,j] = Σ_h A (v_j − v'_j)·∂̃y/∂o_i + [i=j] (h_j − h'_j)·∂̃y/∂skip_j, in the lower half."""
+    model = model.double()
+    inputs = encode(SENTENCES, tokenizer, model)
+    players, block = token_players(inputs, tokenizer), model.bert.encoder.layer[0]
+    values, states, gathered, skipped = [], [], [], []
+
+    def keep(tensor, gradients):
+        if tensor.requires_grad:
+            tensor.register_hook(gradients.append)
+
+    parts = block.attention.self.value, block.attention.output.dense
+    hooks = [
+        parts[0].register_forward_hook(lambda module, args, output: values.append(output.detach())),
+        block.register_forward_pre_hook(lambda module, args: states.append(args[0].detach())),
+        parts[1].register_forward_pre_hook(lambda module, args: keep(args[0], gathered)),
+        parts[1].register_forward_hook(lambda module, args, output: keep(output, skipped)),
+    ]
+    found = best_attention_game(model, inputs, players, 1)
+    for hook in hooks:
+        hook.remove()
+    A = read_attention(model, inputs).weights[:, 0]
+    v, slope = ((part).unflatten(-1, (4, -1)) for part in (values[1] - values[0], gathered[0] / 2**8))
+    M = torch.einsum("bhij,bjhd,bihd->bij", A, v, slope)
+    M += torch.diag_embed(((states[1] - states[0]) * skipped[0] / 2**8).sum(-1))
+    assert_close(found, attention_shapley(M, players, "received"), rtol=1e-9, atol=1e-12)
+    member = players[0]
+    worth = coalition_values(M[0], torch.stack([member, ~member & member]), "received")
+    assert_close(found[0].sum(), worth[0] - worth[1])  # efficiency
+
+
+def test_best_game_of_every_family_batched_padded_and_alone(classifier, tokenizer, roberta_tokenizer):
+    model, inputs = classifier
+    players = playing(model, inputs, (tokenizer, roberta_tokenizer))
+    before, hooks = model(**inputs).logits, hooks_of(model)
+    together = best_attention_game(model, inputs, players, 1)
+    assert hooks_of(model) == hooks and torch.equal(model(**inputs).logits, before)
+    assert together.shape == players.shape and not together[~players].any() and together[players].all()
+    for row in range(len(players)):
+        part = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        n = int(part.get("attention_mask", players[:1]).sum()) if "attention_mask" in part else None
+        part = part if n is None else {name: tensor[:, :n] for name, tensor in part.items()}
+        alone = best_attention_game(model, part, players[row : row + 1, :n], 1)
+        assert_close(together[row : row + 1, :n], alone, rtol=0, atol=1e-6)
+    with fast_attention(model):
+        assert_close(best_attention_game(model, inputs, players, 1), together, rtol=0, atol=1e-6)
+
+
+def test_best_game_explains_the_class_that_is_named_or_predicted_in_two_passes_and_one_back(model, tokenizer):
+    inputs = encode(SENTENCES, tokenizer, model)
+    players = token_players(inputs, tokenizer)
+    with measure_cost(model) as cost:
+        predicted = best_attention_game(model, inputs, players)
+    assert (cost.forwards, cost.backwards) == (2 * len(SENTENCES), len(SENTENCES))
+    chosen = model(**inputs).logits.argmax(-1)
+    assert_close(predicted, best_attention_game(model, inputs, players, chosen), rtol=0, atol=0)
+    named = [best_attention_game(model, inputs, players, target) for target in ("neutral", 2, 0)]
+    assert torch.equal(named[0], named[1]) and not torch.allclose(named[1], named[2])
+
+
+def test_best_game_refuses_what_it_cannot_explain(model, tokenizer):
+    inputs = encode(SENTENCES, tokenizer, model)
+    players = token_players(inputs, tokenizer)
+    hooks = hooks_of(model)
+    for wrong, message in (
+        ((inputs, players.float()), "players are bool"),
+        ((inputs, players & (torch.arange(3) > 0)[:, None]), "input 0 has no players"),
+        ((inputs, players[:, :-1]), "do not fit"),
+        ((inputs, players, "happy"), "label 'happy'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            best_attention_game(model, *wrong)
+    assert hooks_of(model) == hooks
+    with pytest.raises(ValueError, match="training mode"):
+        best_attention_game(model.train(), inputs, players)
+    model.eval().bert.encoder.layer[1].output.LayerNorm = torch.nn.RMSNorm(32)
+    with pytest.raises(ValueError, match="has RMSNorm"):
+        best_attention_game(model, inputs, players)

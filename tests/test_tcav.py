@@ -21,7 +21,9 @@ from helpers.tcav import (
     cls_derivatives,
     fit_cav,
     plain_derivatives,
+    smooth_scores,
     token_gradients,
+    top_tokens,
     ttcav_scores,
 )
 from helpers.text import encode
@@ -294,3 +296,24 @@ def test_directions_between_classes_of_the_concept_world_raise_the_class(trained
         for kind in ("logistic", "mean_difference"):
             cav = fit_cav(cls[target], cls[other], kind=kind)
             assert ttcav_scores(cls_derivatives(gradients[5], cav[None])) >= 0.9
+
+
+def test_top_tokens_are_the_furthest_along_each_cav_and_never_padding():
+    states = torch.tensor([[[3.0, 0], [1, 5], [2, 4], [9, 9]], [[1.0, 2], [4, 1], [9, 9], [9, 9]]])
+    real = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    chosen = top_tokens(states, torch.eye(2), real, share=0.5)  # two of three, one of two
+    expected = [[[1, 0], [0, 1], [1, 1], [0, 0]], [[0, 1], [1, 0], [0, 0], [0, 0]]]
+    assert chosen.int().tolist() == expected
+    assert top_tokens(states, torch.eye(2), real, share=0.01).sum((0, 1)).tolist() == [2, 2]
+    assert top_tokens(states, torch.eye(2))[:, 3].all()  # without a mask all are real
+
+
+def test_smooth_scores_tend_to_signs_and_to_one_half():
+    means = np.random.default_rng(0).standard_normal((3, 50, 4))
+    np.testing.assert_allclose(smooth_scores(means, 1e9), (means > 0).mean(1))
+    np.testing.assert_allclose(smooth_scores(means, 0), 0.5)
+    np.testing.assert_allclose(smooth_scores(7 * means, 2), smooth_scores(means, 2))  # no unit
+    assert (smooth_scores(np.abs(means)) > 0.5).all()
+    np.testing.assert_allclose(smooth_scores(0 * means), 0.5)
+    by_hand = 1 / (1 + np.exp(-2 * np.array([1.0, -3.0]) / np.sqrt(5)))
+    np.testing.assert_allclose(smooth_scores(np.array([[1.0], [-3.0]]), 2), [by_hand.mean()])
