@@ -22,8 +22,9 @@ from helpers.attention import read_attention
 from helpers.data import load_sentences
 from helpers.faithfulness import KS, erased_probabilities, erasure_scores, rationale
 from helpers.models import load_text_classifier
+from helpers.relevance import gradient_times_input, start_at_embeddings
 from helpers.runtime import measure_cost
-from helpers.shapley import GAMES, WEIGHTINGS, attention_shapley, pairwise_matrix
+from helpers.shapley import GAMES, WEIGHTINGS, attention_shapley, best_attention_game, pairwise_matrix
 from helpers.text import encode, token_players
 
 N_SENTENCES, LONGEST, BATCH = 64, 10, 32
@@ -244,20 +245,20 @@ def unfrozen(model):
 # The lines
 
 
+def bare_passes(model, ready):
+    """One forward and one backward pass that stops at the attention weights, nothing kept."""
+    for inputs, _ in ready:
+        output = model(inputs["input_ids"], inputs["attention_mask"], output_attentions=True)
+        torch.autograd.grad(output.logits.max(-1).values.sum(), output.attentions)
+
+
 def test_all_rows_cost_at_most_15_percent_more_than_the_bare_passes(benchmark, classifier, texts, say):
     model, tokenizer = classifier
     ready = list(batches(texts, model, tokenizer))
 
     def bare():
-        """One forward and one backward pass down to the embeddings, nothing read."""
-        for inputs, _ in ready:
-            seen = []
-            hook = model.get_input_embeddings().register_forward_hook(
-                lambda module, args, output, seen=seen: seen.append(output.requires_grad_())
-            )
-            logits = model(**inputs).logits
-            hook.remove()
-            torch.autograd.grad(logits.max(-1).values.sum(), seen)
+        with start_at_embeddings(model):
+            bare_passes(model, ready)
 
     def ours():
         for inputs, players in ready:
@@ -273,6 +274,31 @@ def test_all_rows_cost_at_most_15_percent_more_than_the_bare_passes(benchmark, c
         f" {100 * overhead:+.1f} % ({1000 * best['ours']:.0f} ms against {1000 * best['bare']:.0f} ms)"
     )
     assert overhead <= 0.15
+
+
+def test_relevance_and_the_best_game_cost_at_most_a_few_bare_passes(classifier, texts, say):
+    model, tokenizer = classifier
+    ready = list(batches(texts, model, tokenizer))
+
+    def bare():
+        with start_at_embeddings(model):
+            bare_passes(model, ready)
+
+    methods = {
+        "AttnLRP": lambda inputs, players: gradient_times_input(model, inputs, rules="attnlrp"),
+        "the best game": lambda inputs, players: best_attention_game(model, inputs, players),
+    }
+    timed_methods = {
+        name: lambda method=method: [method(*part) for part in ready] for name, method in methods.items()
+    }
+    best_seconds(2, bare=bare, **timed_methods)
+    best = best_seconds(8, bare=bare, **timed_methods)
+    for name in methods:
+        say(
+            f"{name}: {best[name] / best['bare']:.2f} times the bare forward and backward of "
+            f"{N_SENTENCES} sentences"
+        )
+        assert best[name] / best["bare"] <= 3
 
 
 def test_attributions_are_at_least_100_times_faster_than_sentence_by_sentence(
