@@ -201,7 +201,8 @@ def image_scores(
     cavs    {name: CAVs}, so that several kinds and the random ones share one forward and one backward pass
 
     The weightings are attention; plain; cls, the classification token alone; no cls, attention at all other
-    tokens; and top, only the tokens of `top_tokens`. TTCAV scores are `(scores > 0).mean(-2)`, (layers, concepts, draws).
+    tokens; and top, only the tokens of `top_tokens`. TTCAV scores are `(scores > 0).mean(-2)`, (layers,
+    concepts, draws).
     """
     target = find_class(model, target) if isinstance(target, str) else target
     collected: dict[str, dict[str, list]] = {name: {w: [] for w in WEIGHTINGS} for name in cavs}

@@ -176,3 +176,15 @@ def test_style_is_set_only_on_request():
     plt.rcParams["font.size"] = before + 3
     plots.use_style()
     assert plt.rcParams["font.size"] == 8 and plt.rcParams["pdf.fonttype"] == 42
+
+
+def test_maps_over_an_image_are_the_more_opaque_the_larger_they_are():
+    values = np.array([[1.0, -0.5], [0.0, 0.25]])
+    rows = [("zebra", np.full((8, 8, 3), 200, dtype=np.uint8), {"map": values})]
+    figure, axes = plots.patch_heatmaps(rows, overlay=True)
+    grey, heat = axes[0, 1].images
+    assert grey.get_array().shape == (8, 8) and grey.get_cmap().name == "gray"
+    np.testing.assert_allclose(heat.get_alpha(), 0.85 * np.abs(values))
+    alone = plots.patch_heatmaps(rows)[1][0, 1].images
+    assert len(alone) == 1 and alone[0].get_alpha() in (None, 1.0)
+    plt.close("all")
