@@ -256,7 +256,7 @@ def test_figures_go_where_output_puts_them():
 
 
 @pytest.mark.parametrize(
-    "given", [{"n_selection": 60}, {"n_samples": 20}, {"n_samples": 5, "n_selection": 6}]
+    "given", [{"n_selection": 80}, {"n_samples": 32}, {"n_samples": 5, "n_selection": 6}]
 )
 def test_some_sentences_are_left_to_report_on(given):
     with pytest.raises(ValueError, match="parameter 'n_selection' of 06_checks must be below n_samples = "):
