@@ -99,7 +99,8 @@ def contrast_relevance(model, inputs, players: torch.Tensor, target=None) -> tor
     check_explainable(model, inputs, gradients=True)
     check_players(players)
     check_rules(model, "cp")
-    origins, states = [], ([], [])
+    origins: list = []
+    states: tuple[list, list] = [], []
     with torch.no_grad(), _contrast(model, origins, states[0], _averaged(model, players)):
         model(**inputs)
     with torch.enable_grad(), start_at_embeddings(model), _contrast(model, iter(origins), states[1]):
