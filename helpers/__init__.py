@@ -12,6 +12,7 @@ directions     the fits of many CAVs at once          cavs           many CAVs: 
 statistics     every interval, test, correction       data           sentences with labels
 concept_world  scenes whose truth is known            plots          figures
 results        what a notebook leaves and reads       schematics     both methods in four steps each
+explain        a few methods by name, in one call
 
 The workflow that executes the notebooks is in `workflow/`, the pages to read are made by `report/`.
 """

@@ -58,10 +58,10 @@ def numbers(part):
 
 
 def check_quickstart(results):
-    low, high = results["concept"]["chance"]
-    assert 0 <= low <= high <= 1 and 0 <= results["concept"]["score"] <= 1
+    concept = results["concept"]
+    assert 0 <= concept["low"] <= concept["high"] <= 1 and all(0 <= share <= 1 for share in concept.values())
     assert all(0.5 < p <= 1 for p in results["probability"])  # of two classes, the predicted one
-    for cost in results["cost"].values():
+    for cost in (results["text"], results["picture"]):
         assert (cost["forward passes"], cost["backward passes"]) == (2, 1) and cost["milliseconds"] > 0
 
 

@@ -59,7 +59,7 @@ def plan_run(profile: str, only: list[str] | None = None, overrides: dict | None
 
     Parameters under `all`, and overrides, go to each chosen notebook that has them; the quick start's
     model_id, which is a text model's, is given with `only` or in its own part of the profile. A relative
-    folder that is found from the working directory alone becomes absolute, for notebooks run at the project's root.
+    folder that is found from the working directory alone becomes absolute, for notebooks run at the root.
     Raises ValueError for an unknown notebook or parameter (with the nearest name), or a value that cannot be.
     """
     content, overrides, plan = load_profile(profile), overrides or {}, {}
