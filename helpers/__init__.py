@@ -11,7 +11,8 @@ activations    outputs of every block, cached         tcav           METHOD 2: C
 directions     the fits of many CAVs at once          cavs           many CAVs: draws, nulls, files
 statistics     every interval, test, correction       data           sentences with labels
 concept_world  scenes whose truth is known            plots          figures
-results        what a notebook leaves and reads
+results        what a notebook leaves and reads       schematics     both methods in four steps each
+explain        a few methods by name, in one call
 
 The workflow that executes the notebooks is in `workflow/`, the pages to read are made by `report/`.
 """

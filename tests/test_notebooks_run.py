@@ -57,6 +57,14 @@ def numbers(part):
     return [part] if isinstance(part, int | float) else []
 
 
+def check_quickstart(results):
+    concept = results["concept"]
+    assert 0 <= concept["low"] <= concept["high"] <= 1 and all(0 <= share <= 1 for share in concept.values())
+    assert all(0.5 < p <= 1 for p in results["probability"])  # of two classes, the predicted one
+    for cost in (results["text"], results["picture"]):
+        assert (cost["forward passes"], cost["backward passes"]) == (2, 1) and cost["milliseconds"] > 0
+
+
 def check_nlp_shapley(results):
     assert results["closed_form_error"] < 1e-12
     assert results["accuracy"] and all(0.5 < accuracy <= 1 for accuracy in results["accuracy"].values())
@@ -147,6 +155,7 @@ def check_checks(results):
 
 
 INVARIANTS = {
+    "00_quickstart": check_quickstart,
     "01_nlp_shapley": check_nlp_shapley,
     "02_vit_shapley": check_vit_shapley,
     "03_concept_training": check_concept_training,

@@ -18,7 +18,8 @@ NOTEBOOKS = ROOT / "notebooks"
 PROFILES = ROOT / "workflow" / "profiles"
 TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
 RANGES = yaml.safe_load((ROOT / "workflow" / "ranges.yaml").read_text(encoding="utf8"))
-FOLDERS = r"(.+_)?model_ids?|sets|text_set|(images|concepts|targets)_dir"  # parameters that may name some
+FOLDERS = r"(.+_)?model_ids?|sets|text_set|domains|images|(images|concepts|targets)_dir"  # what may name some
+OWN = {"00_quickstart": {"model_id"}}  # names that elsewhere mean something else: not taken from what all get
 
 
 def notebook_names() -> list[str]:
@@ -56,8 +57,9 @@ def load_profile(profile: str) -> dict[str, dict]:
 def plan_run(profile: str, only: list[str] | None = None, overrides: dict | None = None) -> dict[str, dict]:
     """Return {notebook: parameters} in running order; names, types and ranges checked.
 
-    Parameters under `all`, and overrides, go to each chosen notebook that has them. A relative folder that
-    is found from the working directory alone becomes absolute, for notebooks run at the project's root.
+    Parameters under `all`, and overrides, go to each chosen notebook that has them; the quick start's
+    model_id, which is a text model's, is given with `only` or in its own part of the profile. A relative
+    folder that is found from the working directory alone becomes absolute, for notebooks run at the root.
     Raises ValueError for an unknown notebook or parameter (with the nearest name), or a value that cannot be.
     """
     content, overrides, plan = load_profile(profile), overrides or {}, {}
@@ -72,7 +74,9 @@ def plan_run(profile: str, only: list[str] | None = None, overrides: dict | None
     for name in chosen:
         for parameter in content.get(name, {}):
             _check_known(parameter, known[name], f"parameter of {name}")
-        values = {**shared, **content.get(name, {}), **overrides}
+        apart = OWN.get(name, set()) if len(chosen) > 1 else set()
+        first, last = ({k: v for k, v in part.items() if k not in apart} for part in (shared, overrides))
+        values = {**first, **content.get(name, {}), **last}
         for parameter in (values := {key: value for key, value in values.items() if key in known[name]}):
             _check_value(name, parameter, values[parameter], known[name][parameter])
         _check_together(name, values)
@@ -214,7 +218,7 @@ def _located(name: str, value):
         return [_located(name, each) for each in value]
     if not re.fullmatch(FOLDERS, name) or not isinstance(value, str) or Path(value).is_absolute():
         return value
-    is_set = name in ("sets", "text_set")  # which a bare name is more likely the name of
+    is_set = name in ("sets", "text_set", "domains")  # which a bare name is more likely the name of
     path = Path(value.removesuffix("_short") if is_set and not Path(value).is_dir() else value)
-    here = path.is_dir() and ("/" in value or not is_set)
+    here = (path.is_dir() and ("/" in value or not is_set)) or (name == "images" and path.is_file())
     return str(Path.cwd() / value) if here and path.resolve() != (ROOT / path).resolve() else value

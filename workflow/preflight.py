@@ -14,9 +14,9 @@ from huggingface_hub.utils import get_session
 from helpers.paths import HUB_SETS, SENTENCE_SETS, local_folder
 
 NAMED = {  # what parameters of notebooks name
-    "model_ids|text_model_id": "text model",
+    r"00_quickstart\.model_id|model_ids|text_model_id": "text model",
     "model_id|image_model_id": "image model",
-    "sets|text_set": "set",
+    "sets|text_set|domains": "set",
     "(images|concepts|targets)_dir": "folder",
 }
 READERS = {  # what comes with the weights of a model: its two loaders, files of the second, and their names
@@ -53,7 +53,7 @@ def check_at_hand(plan: dict[str, dict]) -> None:
     asked = {}  # {(kind, name): where it is asked for, each once}
     for notebook, parameters in plan.items():
         for parameter, value in parameters.items():
-            for what in _named(parameter, value):
+            for what in _named(notebook, parameter, value):
                 asked.setdefault(what, {})[f"{parameter} of {notebook}"] = None
     of_hub = {what for what in asked if _is_of_hub(*what)}
     missing = {what for what in of_hub if not _is_cached(*what)}
@@ -74,9 +74,11 @@ def check_at_hand(plan: dict[str, dict]) -> None:
         raise error(f"{len(wrong)} of {len(asked)} names cannot be used:{''.join(found)}{advice}")
 
 
-def _named(parameter: str, value) -> Iterator[tuple[str, str]]:
+def _named(notebook: str, parameter: str, value) -> Iterator[tuple[str, str]]:
     """Yield (kind, name) of what a parameter's value names; a set by its hub id, where it has one."""
-    kind = next((kind for names, kind in NAMED.items() if re.fullmatch(names, parameter)), None)
+    asked = f"{notebook.split()[0]}.{parameter}", parameter
+    found = (NAMED[names] for name in asked for names in NAMED if re.fullmatch(names, name))
+    kind = next(found, None)
     for name in value if isinstance(value, list) else [value]:
         if kind == "set" and name and not local_folder(name):
             name = name.removesuffix("_short")

@@ -1,0 +1,101 @@
+"""One call for one explanation: methods by name, the class to explain and its rival, pictures by path."""
+
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from PIL import Image
+
+from helpers import plots
+from helpers.attention import read_attention
+from helpers.images import load_images, read_image
+from helpers.labels import find_class
+from helpers.models import check_explainable
+from helpers.paths import local_path
+from helpers.relevance import gradient_times_input
+from helpers.shapley import ATTRIBUTIONS, best_attention_game, shapley_attributions
+
+BEST = "Shapley-Rel-Att-Contrast"
+METHODS = (BEST, "AttnLRP", *ATTRIBUTIONS)  # the recommended one first, then the paper's six
+RUNNER_UP = "runner-up"
+
+
+def explain(model, inputs, players: torch.Tensor, target=None, method: str = BEST) -> torch.Tensor:
+    """Return a method's attributions (batch, tokens), 0 off the players.
+
+    inputs   what the model takes: input_ids and attention_mask (batch, tokens), or pixel_values
+    players  bool (batch, tokens), from `token_players` or `patch_players`
+    target   explained class as in `read_attention`
+    method   one of METHODS
+
+    Raises ValueError for an unknown method, and as the method itself does.
+    """
+    check_method(method)
+    if method == BEST:
+        return best_attention_game(model, inputs, players, target)
+    if method == "AttnLRP":
+        return gradient_times_input(model, inputs, target, rules="attnlrp") * players
+    maps = read_attention(model, inputs, target, gradients="Grad" in method)
+    return shapley_attributions(maps, players)[method]
+
+
+def check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is unknown; use one of {', '.join(METHODS)}")
+
+
+def decide(model, inputs, wanted: str = "") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return probabilities (batch, classes), the class to explain (batch,) and its rival, on the CPU.
+
+    wanted  "" for the predicted class, "runner-up" for the next, or a label as in `find_class`
+
+    The rival is the most probable other class. One forward pass. Raises ValueError for an unknown label.
+    """
+    check_explainable(model, inputs)
+    named = find_class(model, wanted) if wanted not in ("", RUNNER_UP) else None
+    with torch.no_grad():
+        probabilities = model(**inputs).logits.softmax(-1).cpu()
+    first, second = probabilities.topk(2).indices.T
+    chosen = second if wanted == RUNNER_UP else first
+    if named is not None:
+        chosen = torch.full_like(first, named)
+    return probabilities, chosen, torch.where(chosen == first, second, first)
+
+
+def gather_pictures(places: Sequence[str], n_images: int, seed: int = 0) -> dict[str, Image.Image]:
+    """Read files, and folders of files, as {path: RGB image}, `n_images` of them at most.
+
+    Of a folder they are drawn as in `load_images`. Raises FileNotFoundError for what does not exist.
+    """
+    found: dict[str, Image.Image] = {}
+    for place in places:
+        path = local_path(place)
+        if not path.exists():
+            raise FileNotFoundError(f"picture {place!r} does not exist; give files, or folders of them")
+        if path.is_dir():
+            inside = load_images(path, n_images, seed)
+            found |= {f"{place.rstrip('/')}/{name}": image for name, image in inside.items()}
+        else:
+            found[place] = read_image(path)
+    return dict(list(found.items())[:n_images])
+
+
+def coloured_words(words: Sequence[str], values: Sequence[float]) -> str:
+    """Return HTML with each word on the colour that `token_strips` gives it: quick enough for a form."""
+    shares = np.asarray(values, dtype=float)
+    colors = ScalarMappable(Normalize(-1, 1), plots.SIGNED).to_rgba(
+        shares / (np.abs(shares).max() or 1), bytes=True
+    )
+    spans = [
+        f'<span style="background: rgb({red},{green},{blue}); color: {_ink((red, green, blue))}; '
+        f'padding: 2px 4px; margin: 1px">{escape(word)}</span>'
+        for word, (red, green, blue, _) in zip(words, colors.tolist(), strict=True)
+    ]
+    return f'<p style="line-height: 2">{" ".join(spans)}</p>'
+
+
+def _ink(color: Sequence[float]) -> str:
+    return "white" if np.dot(color, (0.299, 0.587, 0.114)) < 128 else "black"
