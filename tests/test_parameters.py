@@ -295,7 +295,6 @@ def test_model_id_of_the_quick_start_is_not_taken_from_what_all_notebooks_get():
     assert plan_run("default", ["00_quickstart"], {"model_id": "my/bert"}) == {
         "00_quickstart": {"model_id": "my/bert"}
     }
-    assert plan_run("paper")["00_quickstart"]["model_id"] == "textattack/bert-base-uncased-SST-2"
 
 
 def test_pictures_of_the_working_directory_become_absolute(tmp_path, monkeypatch):
