@@ -94,9 +94,12 @@ def form(model, tokenizer, monkeypatch):
     cells = json.loads((NOTEBOOKS / "00_quickstart.ipynb").read_text(encoding="utf8"))["cells"]
     [source] = ["".join(cell["source"]) for cell in cells if "def as_you_type" in "".join(cell["source"])]
     shown = []
-    monkeypatch.setattr(
-        ipywidgets, "interact", lambda function, **controls: shown.append((function, controls))
-    )
+
+    def interact(function, **controls):
+        ipywidgets.interactive(function, **controls)  # which knows what it can make of them
+        shown.append((function, controls))
+
+    monkeypatch.setattr(ipywidgets, "interact", interact)
     names = {
         "ipywidgets": ipywidgets,
         "plots": plots,
