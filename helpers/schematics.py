@@ -25,7 +25,7 @@ def attention_to_values() -> tuple[plt.Figure, np.ndarray]:
     """Draw attention → matrix → game → values, the game `mutual` on four words; return figure and axes."""
     pair = torch.tensor([[False, True, False, True, False]])
     worth = coalition_values(ATTENTION, pair, "mutual").item()
-    values = attention_shapley(ATTENTION[None], torch.tensor([[False, *[True] * 4]]), "mutual")[0, 1:]
+    values = attention_shapley(ATTENTION[None], torch.tensor([[False, *[True] * 4]]), "mutual")[0, 1:].numpy()
     figure, axes = _four_steps(
         {
             "attention": "of every head\nin every block",
@@ -41,14 +41,14 @@ def attention_to_values() -> tuple[plt.Figure, np.ndarray]:
         axes[0].add_patch(Rectangle((low, low), 5, 5, fill=False, linewidth=0.8, zorder=0.5 - place))
     axes[0].set(xlim=(-0.1, 7.8), ylim=(7.8, -0.1))
     for axis, opacity in ((axes[1], 1.0), (axes[2], 0.3)):
-        axis.imshow(ATTENTION, "Blues", vmin=0, vmax=0.5, alpha=opacity)
+        axis.imshow(ATTENTION.numpy(), "Blues", vmin=0, vmax=0.5, alpha=opacity)
         _name_rows(axis, WORDS)
     for row, column in ((1, 3), (3, 1)):
         axes[2].add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=BLUE, edgecolor="black"))
         number = f"{ATTENTION[row, column]:.2f}".lstrip("0")
         axes[2].text(column, row, number, ha="center", va="center", fontsize=7.5, color="white")
     axes[3].barh(range(4), values, color=BLUE, height=0.7)
-    for place, value in enumerate(values.tolist()):
+    for place, value in enumerate(values):
         number = f"{value:.2f}".lstrip("0")
         axes[3].text(value + 0.02, place, number, va="center", fontsize=8.5)
     axes[3].set(xlim=(0, 1.35 * float(values.max())), ylim=(4.0, -1.0))
@@ -74,7 +74,7 @@ def states_to_score() -> tuple[plt.Figure, np.ndarray]:
         {
             "states f": "of tokens: with the\nconcept ●, others ○",
             "CAV v": "the direction from\nothers to concept",
-            "derivative": "does the logit rise\nalong v? (∂y/∂f) · v",
+            "derivative": "(∂y/∂f) · v at each\npatch, × attention",
             "score": f"pictures whose\nmean is > 0: {sum(says_yes)} of {len(says_yes)}",
         }
     )
@@ -96,8 +96,10 @@ def states_to_score() -> tuple[plt.Figure, np.ndarray]:
     axes[2].add_patch(Rectangle((-0.5, -0.5), 4, 4, fill=False, linewidth=0.8))
     for place, yes in enumerate(says_yes):
         left, top = place % 3, place // 3
-        tile = {"facecolor": "#e9a08f" if yes else "#a9c8e6", "edgecolor": "black", "linewidth": 0.8}
-        axes[3].add_patch(Rectangle((left + 0.08, top + 0.08), 0.84, 0.84, **tile))
+        color = "#e9a08f" if yes else "#a9c8e6"
+        axes[3].add_patch(
+            Rectangle((left + 0.08, top + 0.08), 0.84, 0.84, facecolor=color, edgecolor="black")
+        )
         axes[3].text(left + 0.5, top + 0.5, "+" if yes else "−", ha="center", va="center", fontsize=11)
     axes[3].text(2.5, 2.5, f"{score:.2f}", ha="center", va="center", fontsize=11, fontweight="bold")
     axes[3].set(xlim=(0, 3), ylim=(3, 0), aspect="equal")
@@ -118,9 +120,10 @@ def _four_steps(captions: dict[str, str]) -> tuple[plt.Figure, np.ndarray]:
         figure.text(middle, 0.16, caption, ha="center", va="top", fontsize=9)
     for before, after in zip(axes, axes[1:], strict=False):
         border = (before.get_position().x1 + after.get_position().x0) / 2
-        ends = [(border + side, 0.955) for side in (-0.028, 0.028)]
-        look = {"arrowstyle": "-|>", "mutation_scale": 11, "linewidth": 1.3, "color": "black"}
-        figure.add_artist(ConnectionPatch(*ends, "figure fraction", "figure fraction", **look))
+        start, end = (border - 0.028, 0.955), (border + 0.028, 0.955)
+        arrow = ConnectionPatch(start, end, "figure fraction", arrowstyle="-|>", color="black")
+        arrow.set(mutation_scale=11, linewidth=1.3)
+        figure.add_artist(arrow)
     return figure, axes
 
 

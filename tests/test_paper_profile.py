@@ -58,6 +58,7 @@ SMALL = {  # sizes; all else is the profile's own
     "n_shap": 1,
     "ig_steps": 2,
     "n_random": 1,
+    "n_exact": 2,
     "n_sampling": 2,
     "budgets": [10, 100],
     "n_permutations": 1,

@@ -215,6 +215,10 @@ FAMILIES = "a list of families, each a list of two or more names"
         ("01_nlp_shapley", "model_ids", [], NAMES),
         ("02_vit_shapley", "model_id", "", "a name"),
         ("04_tcav", "text_set", " ", "a name"),
+        ("00_quickstart", "texts", [""], "a list of one or more texts"),
+        ("00_quickstart", "texts", [], "a list of one or more texts"),
+        ("00_quickstart", "images", [3], "a list of files or folders"),
+        ("00_quickstart", "concept", "wool", "one of striped, dotted, zigzagged, red, blue, green, yellow"),
         ("01_nlp_shapley", "operator", "mean", "one of mask, delete, pad, attention_mask"),
         ("02_vit_shapley", "operator", "delete", "one of mean, blur, noise"),
         ("05_comparisons", "operator", "erase", "one of mask, delete, pad, attention_mask"),
@@ -278,6 +282,26 @@ def test_values_at_the_edge_pass():
     assert plan_run("default", ["02_vit_shapley"], given)["02_vit_shapley"] == given
     given = {"n_fresh": 0, "kinds": ["fisher"], "cavs_path": ""}
     assert plan_run("default", ["03_concept_training"], given)["03_concept_training"] == given
+
+
+def test_model_id_of_the_quick_start_is_not_taken_from_what_all_notebooks_get():
+    plan = plan_run("default", overrides={"model_id": "my/vit", "image_model_id": "my/vit"})
+    assert (
+        plan["00_quickstart"] == {"image_model_id": "my/vit"}
+        and plan["02_vit_shapley"]["model_id"] == "my/vit"
+    )
+    assert plan_run("default", ["00_quickstart"], {"model_id": "my/bert"}) == {
+        "00_quickstart": {"model_id": "my/bert"}
+    }
+
+
+def test_pictures_of_the_working_directory_become_absolute(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "own.png").touch()
+    monkeypatch.chdir(tmp_path)
+    given = {"images": ["own.png", "mine", "nowhere.png"]}
+    found = plan_run("default", ["00_quickstart"], given)["00_quickstart"]["images"]
+    assert found == [f"{tmp_path}/own.png", f"{tmp_path}/mine", "nowhere.png"]
 
 
 def test_own_values_of_the_notebooks_are_in_range():

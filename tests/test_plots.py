@@ -2,6 +2,8 @@
 saved.
 """
 
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
 from helpers import plots
+from helpers.explain import coloured_words
 
 TOKENS = ["not", "a", "bad", "film"]
 
@@ -54,6 +57,16 @@ def test_zero_is_white_and_the_sign_decides_between_red_and_blue():
     assert zero.min() > 0.95
     assert negative[2] > negative[0] + 0.3 and positive[0] > positive[2] + 0.3
     assert largest[0] > largest[2] and largest.sum() < positive.sum()  # darker
+
+
+def test_words_of_a_page_have_the_colours_of_the_strip_and_are_escaped():
+    values = [0.5, -1.0, 0.0]
+    said = coloured_words(["<b>", "bad", "a"], values)
+    found = re.findall(r"rgb\((\d+),(\d+),(\d+)\); color: (\w+)", said)
+    np.testing.assert_allclose([list(map(int, line[:3])) for line in found], colors(values) * 255, atol=1)
+    assert [line[3] for line in found] == ["black", "white", "black"]
+    assert "&lt;b&gt;" in said and "<b>" not in said
+    assert "rgb(247,246,246)" in coloured_words(["none"], [0.0])  # nothing speaks for or against
 
 
 def test_opposite_values_are_equally_strong_and_the_unit_does_not_matter():

@@ -1,0 +1,140 @@
+"""One call explains by name, the class and its rival are what the logits say, a form explains at once."""
+
+import json
+
+import ipywidgets
+import pytest
+import torch
+from conftest import SENTENCES
+from IPython import display
+from PIL import Image
+
+from helpers import plots
+from helpers.attention import read_attention
+from helpers.explain import BEST, METHODS, decide, explain, gather_pictures
+from helpers.images import patch_players
+from helpers.relevance import gradient_times_input
+from helpers.shapley import best_attention_game, shapley_attributions
+from helpers.text import encode, token_players, word_groups
+from workflow.parameters import NOTEBOOKS, RANGES
+
+
+@pytest.fixture
+def inputs(model, tokenizer):
+    return encode(SENTENCES, tokenizer, model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_name_gives_its_method_and_nothing_off_the_players(model, tokenizer, inputs, method):
+    players, target = token_players(inputs, tokenizer), torch.tensor([2, 0, 1])
+    values = explain(model, inputs, players, target, method)
+    if method == BEST:
+        expected = best_attention_game(model, inputs, players, target)
+    elif method == "AttnLRP":
+        expected = gradient_times_input(model, inputs, target, "attnlrp") * players
+    else:
+        maps = read_attention(model, inputs, target, gradients=True)
+        expected = shapley_attributions(maps, players)[method]
+    torch.testing.assert_close(values, expected)
+    assert not values[~players].any() and values[players].any()
+
+
+def test_the_recommended_method_is_the_first_and_the_one_that_is_used(model, tokenizer, inputs):
+    players = token_players(inputs, tokenizer)
+    torch.testing.assert_close(explain(model, inputs, players), best_attention_game(model, inputs, players))
+    assert METHODS[0] == BEST and list(METHODS) == RANGES["00_quickstart.method"]["enum"]
+
+
+def test_images_are_explained_by_the_same_call(image_model):
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    players = patch_players(image_model, inputs)
+    found = {method: explain(image_model, inputs, players, 1, method) for method in METHODS}
+    assert all(values.shape == players.shape and not values[:, 0].any() for values in found.values())
+
+
+def test_unknown_method_is_refused_with_the_known_ones(model, tokenizer, inputs):
+    with pytest.raises(ValueError, match="'Magic' is unknown; use one of Shapley-Rel-Att-Contrast, AttnLRP"):
+        explain(model, inputs, token_players(inputs, tokenizer), method="Magic")
+
+
+def test_class_and_rival_are_the_two_most_probable_unless_another_is_named(model, inputs):
+    logits = model(**inputs).logits
+    ranked = logits.argsort(-1, descending=True)
+    p, chosen, rival = decide(model, inputs)
+    torch.testing.assert_close(p, logits.softmax(-1))
+    assert chosen.tolist() == ranked[:, 0].tolist() and rival.tolist() == ranked[:, 1].tolist()
+    _, chosen, rival = decide(model, inputs, "runner-up")
+    assert chosen.tolist() == ranked[:, 1].tolist() and rival.tolist() == ranked[:, 0].tolist()
+    _, chosen, rival = decide(model, inputs, "Neutral")
+    assert chosen.tolist() == [2, 2, 2]
+    assert rival.tolist() == [first if first != 2 else second for first, second, _ in ranked.tolist()]
+    with pytest.raises(ValueError, match="'neutrl' is none of this model's 3 labels"):
+        decide(model, inputs, "neutrl")
+
+
+def test_pictures_of_files_and_folders(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for number, name in enumerate(("one.png", "folder/two.png", "folder/three.jpg")):
+        Image.new("RGB", (8 + number, 8), "red").save(tmp_path / name)
+    places = [f"{tmp_path}/one.png", f"{tmp_path}/folder/"]
+    found = gather_pictures(places, 9)
+    assert [image.width for image in found.values()] == [8, 10, 9]  # a folder's by name
+    assert list(found) == [f"{tmp_path}/{name}" for name in ("one.png", "folder/three.jpg", "folder/two.png")]
+    assert len(gather_pictures(places, 2)) == 2 and gather_pictures([], 2) == {}
+    with pytest.raises(FileNotFoundError, match="picture 'nowhere.png' does not exist"):
+        gather_pictures(["nowhere.png"], 9)
+
+
+# The form of the quick start
+
+
+@pytest.fixture
+def form(model, tokenizer, monkeypatch):
+    """The notebook's cell, run as in JupyterLab: (function, its controls)."""
+    cells = json.loads((NOTEBOOKS / "00_quickstart.ipynb").read_text(encoding="utf8"))["cells"]
+    [source] = ["".join(cell["source"]) for cell in cells if "def as_you_type" in "".join(cell["source"])]
+    shown = []
+
+    def interact(function, **controls):
+        ipywidgets.interactive(function, **controls)  # which knows what it can make of them
+        shown.append((function, controls))
+
+    monkeypatch.setattr(ipywidgets, "interact", interact)
+    names = {
+        "ipywidgets": ipywidgets,
+        "plots": plots,
+        "METHODS": METHODS,
+        "decide": decide,
+        "explain": explain,
+    }
+    names |= {"encode": encode, "token_players": token_players, "word_groups": word_groups}
+    names |= {"model": model, "tokenizer": tokenizer, "texts": SENTENCES, "labels": model.config.id2label}
+    names |= {"os": __import__("os"), "HTML": display.HTML, "display": lambda html: print(html.data)}
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    exec(source, dict(names))
+    assert not shown, "the form is in the way where there is no front end"
+    monkeypatch.setenv("JPY_SESSION_NAME", "00_quickstart.ipynb")
+    exec(source, dict(names))
+    [found] = shown
+    return found
+
+
+def test_form_explains_what_is_typed_for_every_class_and_method(form, capsys):
+    show, controls = form
+    assert controls["text"] == SENTENCES[0] and {"", "runner-up", "neutral"} <= set(
+        controls["explained"].values()
+    )
+    for method in controls["by"]:
+        show("an unbelievably <b>clever</b> film", "neutral", method)
+        said = capsys.readouterr().out
+        assert said.startswith("neutral: probability 0.") and said.count("<span") == 11
+        assert ">unbelievably<" in said and "<b>" not in said and "&lt;" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "explained", "said"), [("", "", "no token"), ("a film", "bad", "'bad' is none")]
+)
+def test_form_says_in_one_line_what_is_wrong(form, capsys, text, explained, said):
+    form[0](text, explained, BEST)
+    out = capsys.readouterr().out
+    assert said in out and out.count("\n") == 1
