@@ -261,7 +261,7 @@ def test_hub_out_of_reach_is_told_once_and_soon(no_hub, tmp_path):
         "  text model textattack/bert-base-uncased-ag-news",
         "  text model textattack/bert-base-uncased-imdb",
     ]
-    where = "(image_model_id of 00_quickstart, model_id of 02_vit_shapley, model_id of 03_concept_training, model_id"
+    where = "(image_model_id of 00_quickstart, model_id of 02_vit_shapley, model_id of 03_concept_training"
     assert where in lines[1] and "refused" in lines[-1].lower()
     assert "hf download NAME --local-dir FOLDER" in lines[-1] and "FOLDER_short" in lines[-1]
 
