@@ -16,7 +16,7 @@ quickstart: $(VENV)/ready  ## make quickstart TEXT="…" explains a sentence on 
 	@$(BIN)/attention report runs/quickstart > /dev/null
 	@echo "the page: $(CURDIR)/runs/quickstart/report/00_quickstart.html"
 
-networks: $(VENV)/ready  ## which conclusions hold on which networks, about ten minutes; notebook 05 shows it
+networks: $(VENV)/ready  ## which conclusions hold on which networks, about a quarter of an hour; notebook 05 shows it
 	$(BIN)/attention sweep workflow/grids/networks.yaml
 	$(BIN)/python -m report.networks
 
