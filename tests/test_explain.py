@@ -1,6 +1,8 @@
 """One call explains by name, the class and its rival are what the logits say, a form explains at once."""
 
 import json
+import subprocess
+import sys
 
 import ipywidgets
 import pytest
@@ -13,6 +15,7 @@ from helpers import plots
 from helpers.attention import read_attention
 from helpers.explain import BEST, METHODS, decide, explain, gather_pictures
 from helpers.images import patch_players
+from helpers.paths import PROJECT_ROOT
 from helpers.relevance import gradient_times_input
 from helpers.shapley import best_attention_game, shapley_attributions
 from helpers.text import encode, token_players, word_groups
@@ -138,3 +141,27 @@ def test_form_says_in_one_line_what_is_wrong(form, capsys, text, explained, said
     form[0](text, explained, BEST)
     out = capsys.readouterr().out
     assert said in out and out.count("\n") == 1
+
+
+# make quickstart
+
+
+@pytest.mark.parametrize("text", ["", "a film", 'It\'s "not" bad: $(HOME) costs $5 & `ls` \\ ok; # 100 %'])
+def test_make_hands_on_every_sentence_as_it_is(tmp_path, text):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    record = f"print(json.dumps(sys.argv[1:]), file=open({str(tmp_path / 'asked')!r}, 'a'))"
+    (tmp_path / "bin/attention").write_text(f"#!{sys.executable}\nimport json, sys\n{record}\n")
+    (tmp_path / "bin/attention").chmod(0o755)
+    (tmp_path / "ready").touch()
+    command = ["make", "--no-print-directory", "-o", f"{tmp_path}/ready", f"VENV={tmp_path}", "quickstart"]
+    said = subprocess.run(
+        [*command, f"TEXT={text}"], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True
+    )
+    run, report = map(json.loads, (tmp_path / "asked").read_text().splitlines())
+    assert run[:3] == ["run", "--only", "00_quickstart"] and report == [
+        "report",
+        run[run.index("--output") + 1],
+    ]
+    assert ("-p" in run) == bool(text) and (not text or json.loads(run[-1]) == [text])
+    assert said.stdout == f"the page: {PROJECT_ROOT}/{report[1]}/report/00_quickstart.html\n"

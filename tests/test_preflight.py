@@ -261,9 +261,22 @@ def test_hub_out_of_reach_is_told_once_and_soon(no_hub, tmp_path):
         "  text model textattack/bert-base-uncased-ag-news",
         "  text model textattack/bert-base-uncased-imdb",
     ]
-    where = "(image_model_id of 00_quickstart, model_id of 02_vit_shapley, model_id of 03_concept_training"
+    names = ("02_vit_shapley", "03_concept_training", "04_tcav")
+    where = ", ".join(
+        ["(image_model_id of 00_quickstart", *(f"model_id of {n}" for n in names), "image_model_id"]
+    )
     assert where in lines[1] and "refused" in lines[-1].lower()
     assert "hf download NAME --local-dir FOLDER" in lines[-1] and "FOLDER_short" in lines[-1]
+
+
+def test_model_id_of_the_quick_start_is_a_text_model(root):
+    text, image = str(root / "models" / BERT), str(root / "models" / VIT)
+    check_at_hand({"00_quickstart": {"model_id": text, "image_model_id": image}})
+    check_at_hand({"00_quickstart in seed=1": {"model_id": text}, "02_vit_shapley": {"model_id": image}})
+    with pytest.raises(
+        FileNotFoundError, match=r"text model .*\(model_id of 00_quickstart\) has no tokenizer"
+    ):
+        check_at_hand({"00_quickstart": {"model_id": image}})
 
 
 def test_a_hub_that_is_switched_off_is_not_asked(no_hub, monkeypatch):
