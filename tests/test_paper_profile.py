@@ -82,6 +82,10 @@ SMALL = {  # sizes; all else is the profile's own
     "n_planted": 4,
     "planted_steps": 1,
     "n_selection": 2,
+    "n_learn": 5,
+    "n_networks": 1,
+    "n_scenes": 3,
+    "n_concept": 5,
     "batch_size": 3,
 }
 
