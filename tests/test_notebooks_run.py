@@ -143,6 +143,9 @@ def check_checks(results):
         )
         assert part["head"]["Shapley-Grad-Att-CLS"] < 1
     assert 0.05 < results["finds_trigger"]["Leave-one-out"] <= 1
+    answered = 12 * results["planted_accuracy"]  # of the smoke profile's twelve sentences
+    assert abs(answered - round(answered)) < 0.01
+    assert results["learned"]["People"]["AUROC"] == 1
     assert max(results["ablation"].values()) == results["ablation"][results["chosen"]]
     assert set(results["chosen_comp"]) == set(results["sets"])
     assert set(results["beats_all_of_its_passes"]) == {*results["sets"], "all sets"}
