@@ -355,7 +355,7 @@ def test_vit_base_runs_through_04(hub, tmp_path):
         "targets": ["zebra: striped dotted zigzagged"],
         "n_targets": 5,
         "n_random": 2,
-        "n_random_images": 4,
+        "n_random_images": 10,
         "n_replicates": 2,
         "cavs_path": str(tmp_path / "cavs.safetensors"),
     }
