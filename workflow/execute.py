@@ -38,6 +38,7 @@ from workflow.provenance import (
 )
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
+LARGE = 2**16  # bytes of a packed picture
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -186,10 +187,16 @@ def _drop_figures_dir(notebook) -> None:
 
 
 def _with_palette(picture: str) -> str:
-    """Return a base64 PNG in 256 colours that cover all: a third of the size, and rare hues stay true."""
-    packed = io.BytesIO()
+    """Return a base64 PNG in 256 colours that cover all: a third of the size, and rare hues stay true.
+
+    A picture that is still large, of many maps over scenes, gets 128.
+    """
     picture = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
-    picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1).save(packed, "PNG", optimize=True)
+    for colors in (256, 128):
+        packed = io.BytesIO()
+        picture.quantize(colors, Image.Quantize.MAXCOVERAGE, kmeans=1).save(packed, "PNG", optimize=True)
+        if len(packed.getvalue()) <= LARGE:
+            break
     return base64.b64encode(packed.getvalue()).decode()
 
 
