@@ -189,10 +189,10 @@ def _drop_figures_dir(notebook) -> None:
 def _with_palette(picture: str) -> str:
     """Return a base64 PNG in 256 colours that cover all: a third of the size, and rare hues stay true.
 
-    A picture that is still large, of many maps over scenes, gets 128.
+    A picture that is still large, of many maps over scenes, gets 80.
     """
     picture = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
-    for colors in (256, 128):
+    for colors in (256, 80):
         packed = io.BytesIO()
         picture.quantize(colors, Image.Quantize.MAXCOVERAGE, kmeans=1).save(packed, "PNG", optimize=True)
         if len(packed.getvalue()) <= LARGE:
