@@ -11,9 +11,8 @@ from conftest import SENTENCES
 from IPython import display
 from PIL import Image
 
-from helpers import plots
 from helpers.attention import read_attention
-from helpers.explain import BEST, METHODS, decide, explain, gather_pictures
+from helpers.explain import BEST, METHODS, coloured_words, decide, explain, gather_pictures
 from helpers.images import patch_players
 from helpers.paths import PROJECT_ROOT
 from helpers.relevance import gradient_times_input
@@ -105,7 +104,7 @@ def form(model, tokenizer, monkeypatch):
     monkeypatch.setattr(ipywidgets, "interact", interact)
     names = {
         "ipywidgets": ipywidgets,
-        "plots": plots,
+        "coloured_words": coloured_words,
         "METHODS": METHODS,
         "decide": decide,
         "explain": explain,
