@@ -108,7 +108,11 @@ def check_concept_training(results):
         assert min(results["held_out_accuracy"][colour].values()) > 0.95
     assert 0.3 < results["control"]["by image"] < 0.65 < min(results["held_out_accuracy"]["red"].values())
     called = results["called_striped"]
-    assert called["confounded"]["red dotted"] > called["clean"]["red dotted"] + 0.3
+    for texture, fooled in (
+        ("red dotted", 0.2),
+        ("red zigzagged", 0.3),
+    ):  # means of layers, of which the late
+        assert called["confounded"][texture] > called["clean"][texture] + fooled  # ones see through it
 
 
 def check_tcav(results):
