@@ -1,4 +1,4 @@
-"""The notebooks on pictures run on the small network too, which is shallower, narrower and reads [CLS] alone."""
+"""The notebooks on pictures run on the small network too: shallower, narrower, and it reads [CLS] alone."""
 
 import json
 
