@@ -158,7 +158,8 @@ def test_every_formula_became_mathml(pages):
         formulas = re.findall(r"\$\$.+?\$\$|\$[^$]+\$", re.sub(r"`[^`\n]+`", "", prose), re.DOTALL)
         page = pages[f"{name}.html"]
         found = page.find_all("math")
-        assert len(found) == len(formulas) > 0
+        assert len(found) == len(formulas)
+        assert formulas or name[:2] in ("00", "05", "06")  # those that introduce no method
         assert len(page.select("math[display=block]")) == sum(
             formula.startswith("$$") for formula in formulas
         )
@@ -191,7 +192,7 @@ def test_code_can_be_hidden_without_prose_and_outputs(edition, pages):
         page = pages[f"{name}.html"]
         [control] = page.select("label input[type=checkbox]#hide-code")
         assert control.parent.get_text().strip() == "Hide code"
-        assert len(page.select(".input pre")) > 10
+        assert len(page.select(".input pre")) > (5 if name == "00_quickstart" else 10)
         assert not page.select(".input img, .input table, .input .formula, .input .text_cell")
 
 
