@@ -311,6 +311,17 @@ def test_blocks_bound_memory_and_change_nothing(monkeypatch):
         np.testing.assert_allclose(thresholds, whole[kind][1], atol=1e-3)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_device_changes_where_and_not_what(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    data = uneven(1.0, n_draws=5)
+    there = fit_directions(*(torch.as_tensor(part) for part in data), KINDS, torch.device(device))
+    for kind, (vectors, thresholds) in fit_directions(*data, KINDS).items():
+        np.testing.assert_allclose(there[kind][0], vectors, atol=directions.ANGLE)
+        np.testing.assert_allclose(there[kind][1], thresholds, atol=3 * directions.ANGLE)
+
+
 def test_few_steps_are_enough(monkeypatch):
     monkeypatch.setattr(directions, "STEPS", 10)
     with warnings.catch_warnings():
