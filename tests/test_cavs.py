@@ -291,9 +291,10 @@ def test_draws_fitted_together_equal_converged_fits_of_one(shift):
             assert vectors.dtype == np.float32
 
 
-def test_rows_too_coarse_for_single_precision_are_fitted_in_double():
-    rows, lengths, *sides = uneven(3.0)
-    rows[:, 0] *= 1e4
+@pytest.mark.parametrize(("shift", "factor"), [(3.0, 1e4), (1.0, 1e6)])
+def test_rows_too_coarse_for_single_precision_are_fitted_in_double(shift, factor):
+    rows, lengths, *sides = uneven(shift)
+    rows[:, 0] *= factor
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vectors, _ = fit_directions(rows, lengths, *sides)["logistic"]
