@@ -62,7 +62,7 @@ def draw(table: pd.DataFrame, measures: tuple[str, ...]) -> plt.Figure:
     table = table[table["conclusion"].str.contains(" − ")]
     by_network, networks = table.set_index(["conclusion", "network"]), table["network"].unique()
     names = {m: [name for name in table["conclusion"].unique() if name.endswith(f": {m}")] for m in measures}
-    questions = [name.split(": ")[0] for name in names[measures[0]]]
+    questions = [name.split(": ")[0].replace("_", " ") for name in names[measures[0]]]
     size = {"figsize": (plots.PAGE, 1.3 + 0.33 * len(questions)), "layout": "constrained"}
     figure, axes = plt.subplots(1, len(measures), sharex=True, sharey=True, **size)
     for axis, measure in zip(axes, measures, strict=True):
