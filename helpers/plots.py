@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
@@ -80,6 +80,11 @@ STYLE: dict = {
     "pdf.fonttype": 42,
     "font.family": "DejaVu Sans",
 }
+
+
+def signed_part(low: float) -> ListedColormap:
+    """Return the part of the signed colours from `low` (−1 to 0) to 1, for a scale that begins there."""
+    return ListedColormap(plt.get_cmap(SIGNED)(np.linspace((1 + low) / 2, 1, 256)))
 
 
 def use_style() -> None:
