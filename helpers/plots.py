@@ -23,6 +23,8 @@ FAMILIES = {  # what a method needs: attention alone, a gradient, changed inputs
         "Att (received)",
         "Att (row sum, constant)",
         "Attention rollout",
+        "Network on A, taught by people",
+        "Network on A, taught by the model",
     ),
     "gradient": (
         "Shapley-Grad-Att-CLS",
@@ -49,7 +51,7 @@ FAMILIES = {  # what a method needs: attention alone, a gradient, changed inputs
         "SHAP (signed)",
         "SHAP (absolute)",
     ),
-    "none": ("Random", "First tokens", "Longest words"),
+    "none": ("Random", "First tokens", "Longest words", "People", "People (signed)"),
 }
 FAMILY = {method: family for family, methods in FAMILIES.items() for method in methods}
 FAMILY_MARKS = {"attention": "o", "gradient": "^", "input": "s", "none": "X"}
