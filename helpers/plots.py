@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.lines import Line2D
@@ -254,8 +255,14 @@ def method_points(
     axis.set_ylim(len(order) - 0.4, -0.6)
 
 
-def family_legend(figure: plt.Figure, methods: Iterable[str], ncols: int = 4) -> None:
-    """Say below a figure of `method_points` what the shapes mean of those families that are in it."""
+def family_legend(
+    figure: plt.Figure,
+    methods: Iterable[str],
+    ncols: int = 4,
+    also: Sequence[Artist] = (),
+    side: str = "lower",
+) -> None:
+    """Say beside a figure what the shapes mean of those families that are in it, and what `also` is."""
     present = {FAMILY.get(method, "gradient") for method in methods}
     look = {"linestyle": "none", "markersize": 4.5}
     handles = [
@@ -263,7 +270,8 @@ def family_legend(figure: plt.Figure, methods: Iterable[str], ncols: int = 4) ->
         for name, said in FAMILY_WORDS.items()
         if name in present
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize=7)
+    handles += also
+    figure.legend(handles=handles, loc=f"outside {side} center", ncols=ncols, frameon=False, fontsize=7)
 
 
 def patch_heatmaps(
