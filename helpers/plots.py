@@ -98,13 +98,13 @@ def use_style() -> None:
 def token_strips(
     sentences: Sequence[tuple[str, Sequence[str], Mapping[str, Sequence[float]]]], line: int = 84
 ) -> tuple[plt.Figure, np.ndarray]:
-    """Draw sentences as lines of coloured tokens, one for each method, all on one colour scale.
+    """Draw sentences as rows of coloured tokens, one row a method, all on one colour scale.
 
     sentences  (title, tokens, {method: attribution of each token}) each
     line       characters after which a sentence goes on in a new line
 
-    Each line is divided by its largest absolute value, so zero and sign stay where they are and methods of
-    different units can be compared. Returns the figure and one axes for each sentence.
+    Each row is divided by its largest absolute value, so zero and sign stay where they are and methods of
+    different units can be compared. Returns the figure and one axes a sentence.
     """
     layouts = [_break_lines(tokens, line) for _, tokens, _ in sentences]
     heights = [
@@ -151,7 +151,7 @@ def token_strips(
         scale, ax=axes[:, 0].tolist(), orientation="horizontal", aspect=60, pad=0.02, shrink=0.6
     )
     bar.ax.tick_params(labelsize=6.5)
-    bar.set_label("attribution / largest |attribution| of the line", fontsize=7)
+    bar.set_label("attribution / largest |attribution| of the row", fontsize=7)
     return figure, axes[:, 0]
 
 
@@ -172,11 +172,11 @@ def method_strips(
 ) -> tuple[plt.Figure, np.ndarray]:
     """Draw a panel for each set, a strip for each method: inputs as dots, the mean with its interval.
 
-    scores     long table with the columns set, method, family and `measure`, one line for each input
+    scores     long table with the columns set, method, family and `measure`, one row an input
     intervals  the same without inputs: set, method, family, mean, low, high of `measure`
 
     Dots are blue for attention-based, green for gradient-based, red for input-based methods, grey for those
-    that know nothing. Returns the figure and one axes for each set.
+    that know nothing. Returns the figure and one axes a set.
     """
     sets = list(dict.fromkeys(scores["set"]))
     methods = list(dict.fromkeys(scores["method"]))
