@@ -42,7 +42,6 @@ FAMILIES = {  # what a method needs: attention alone, a gradient, changed inputs
         "Shapley-Rel-Att-CLS",
         "Shapley-Rel-Att-Received",
         "Shapley-Rel-Att-Contrast",
-        "Signed received",
         "Integrated gradients",
     ),
     "input": (
