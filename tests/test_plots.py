@@ -226,6 +226,13 @@ def test_a_method_has_its_familys_marker_at_its_value_filled_bar_and_interval_on
     np.testing.assert_allclose(found, [[0.35, 0.47], [0.05, 0.17]])
 
 
+@pytest.mark.parametrize("low", [-0.9, -0.3, 0.0])
+def test_a_part_of_the_signed_colours_keeps_white_at_zero_and_the_end_where_it_was(low):
+    colors, whole = plots.signed_part(low), plt.get_cmap(plots.SIGNED)
+    np.testing.assert_allclose(colors(1.0), whole(1.0))
+    np.testing.assert_allclose(colors(-low / (1 - low)), whole(0.5), atol=0.02)
+
+
 def test_the_legend_names_the_families_that_are_there_and_no_other():
     figure, _ = plt.subplots(layout="constrained")
     plots.family_legend(figure, ["Random", "AttnLRP", "a method of mine"])
