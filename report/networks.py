@@ -63,7 +63,7 @@ def draw(table: pd.DataFrame, measures: tuple[str, ...]) -> plt.Figure:
     by_network, networks = table.set_index(["conclusion", "network"]), table["network"].unique()
     names = {m: [name for name in table["conclusion"].unique() if name.endswith(f": {m}")] for m in measures}
     questions = [name.split(": ")[0].replace("_", " ") for name in names[measures[0]]]
-    size = {"figsize": (plots.PAGE, 1.3 + 0.33 * len(questions)), "layout": "constrained"}
+    size = {"figsize": (0.92 * plots.PAGE, 1.3 + 0.35 * len(questions)), "layout": "constrained"}
     figure, axes = plt.subplots(1, len(measures), sharex=True, sharey=True, **size)
     for axis, measure in zip(axes, measures, strict=True):
         for place, network in enumerate(networks):
@@ -77,10 +77,10 @@ def draw(table: pd.DataFrame, measures: tuple[str, ...]) -> plt.Figure:
             axis.axhspan(place - 0.5, place + 0.5, color="0.94", linewidth=0, zorder=0)
         axis.axvline(0, color="black", linewidth=0.8, zorder=1)
         axis.set(title=measure, xlabel="difference")
-    axes[0].set_yticks(range(len(questions)), questions, fontsize=7.5)
+    axes[0].set_yticks(range(len(questions)), questions, fontsize=8)
     axes[0].set_ylim(len(questions) - 0.5, -0.5)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, ncols=2, loc="outside lower center", fontsize=7.5)
+    figure.legend(handles, labels, frameon=False, ncols=2, loc="outside lower center", fontsize=8)
     return figure
 
 
