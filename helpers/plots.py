@@ -1,13 +1,15 @@
 """Figures of attributions; every function returns (figure, axes) and leaves saving to the caller."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 PAGE = 7.2  # inches, the width of a printed page's text
@@ -22,6 +24,8 @@ FAMILIES = {  # what a method needs: attention alone, a gradient, changed inputs
         "Att (received)",
         "Att (row sum, constant)",
         "Attention rollout",
+        "Network on A, taught by people",
+        "Network on A, taught by the model",
     ),
     "gradient": (
         "Shapley-Grad-Att-CLS",
@@ -38,7 +42,6 @@ FAMILIES = {  # what a method needs: attention alone, a gradient, changed inputs
         "Shapley-Rel-Att-CLS",
         "Shapley-Rel-Att-Received",
         "Shapley-Rel-Att-Contrast",
-        "Signed received",
         "Integrated gradients",
     ),
     "input": (
@@ -48,9 +51,16 @@ FAMILIES = {  # what a method needs: attention alone, a gradient, changed inputs
         "SHAP (signed)",
         "SHAP (absolute)",
     ),
-    "none": ("Random", "First tokens", "Longest words"),
+    "none": ("Random", "First tokens", "Longest words", "People", "People (signed)"),
 }
 FAMILY = {method: family for family, methods in FAMILIES.items() for method in methods}
+FAMILY_MARKS = {"attention": "o", "gradient": "^", "input": "s", "none": "X"}
+FAMILY_WORDS = {
+    "attention": "reads attention",
+    "gradient": "uses gradients",
+    "input": "erases inputs",
+    "none": "knows nothing of the model",
+}
 CONCEPT_COLORS = {
     "striped": "#0072b2",
     "dotted": "#e69f00",
@@ -72,6 +82,11 @@ STYLE: dict = {
     "pdf.fonttype": 42,
     "font.family": "DejaVu Sans",
 }
+
+
+def signed_part(low: float) -> ListedColormap:
+    """Return the part of the signed colours from `low` (−1 to 0) to 1, for a scale that begins there."""
+    return ListedColormap(plt.get_cmap(SIGNED)(np.linspace((1 + low) / 2, 1, 256)))
 
 
 def use_style() -> None:
@@ -204,6 +219,58 @@ def method_strips(
         axis.tick_params(axis="y", length=0, labelsize=6.5)
     figure.supxlabel(label or measure, fontsize=8)
     return figure, axes[0]
+
+
+def method_points(
+    axis: plt.Axes,
+    values: pd.Series,
+    filled: Collection[str] | None = None,
+    order: Sequence[str] | None = None,
+    bars: bool = False,
+    intervals: pd.DataFrame | None = None,
+) -> None:
+    """Draw one value for each method, methods from the top down, the marker's shape and colour by family.
+
+    values     the value of each method; those that `order` lacks are left out
+    filled     methods whose marker is filled, the others' are hollow; default all
+    order      methods from the top down, empty lines where `values` has none; default that of `values`
+    bars       draw a bar from 0 to each value, too
+    intervals  columns low and high of each method, drawn as a black line
+    """
+    order = list(values.index if order is None else order)
+    for place, method in enumerate(order):
+        if pd.isna(value := values.get(method)):
+            continue
+        family = FAMILY.get(method, "gradient")
+        colour = FAMILY_COLORS[family]
+        inside = colour if filled is None or method in filled else "white"
+        if bars:
+            axis.barh(place, value, color=colour, height=0.6, alpha=0.35)
+        if intervals is not None:
+            axis.hlines(place, *intervals.loc[method, ["low", "high"]], color="black", linewidth=1)
+        looks = {"marker": FAMILY_MARKS[family], "edgecolors": colour, "facecolors": inside}
+        axis.scatter(value, place, s=18, zorder=3, clip_on=False, **looks)
+    axis.set_yticks(range(len(order)), order, fontsize=7)
+    axis.set_ylim(len(order) - 0.4, -0.6)
+
+
+def family_legend(
+    figure: plt.Figure,
+    methods: Iterable[str],
+    ncols: int = 4,
+    also: Sequence[Artist] = (),
+    side: str = "lower",
+) -> None:
+    """Say beside a figure what the shapes mean of those families that are in it, and what `also` is."""
+    present = {FAMILY.get(method, "gradient") for method in methods}
+    look = {"linestyle": "none", "markersize": 4.5}
+    handles = [
+        Line2D([], [], marker=FAMILY_MARKS[name], color=FAMILY_COLORS[name], label=said, **look)
+        for name, said in FAMILY_WORDS.items()
+        if name in present
+    ]
+    handles += also
+    figure.legend(handles=handles, loc=f"outside {side} center", ncols=ncols, frameon=False, fontsize=7)
 
 
 def patch_heatmaps(

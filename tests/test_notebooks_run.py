@@ -134,7 +134,7 @@ def check_comparisons(results):
     verdict = results["verdict"]
     assert verdict["Integrated gradients"]["comp, text"] > verdict["First tokens"]["comp, text"]
     assert all(-1 <= line["comp, text"] <= 1 for line in verdict.values() if line["comp, text"] is not None)
-    assert set(results["not_told_from_the_best"]) == {*results["sets"], "pictures"}
+    assert set(results["not_told_from_the_best"]) == {*results["sets"], "images"}
     assert all(set(front) <= set(verdict) and front for front in results["pareto"].values())
     assert len(results["findings"]) == 3
 
