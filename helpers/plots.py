@@ -1,6 +1,6 @@
 """Figures of attributions; every function returns (figure, axes) and leaves saving to the caller."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,6 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 PAGE = 7.2  # inches, the width of a printed page's text
@@ -51,6 +52,13 @@ FAMILIES = {  # what a method needs: attention alone, a gradient, changed inputs
     "none": ("Random", "First tokens", "Longest words"),
 }
 FAMILY = {method: family for family, methods in FAMILIES.items() for method in methods}
+FAMILY_MARKS = {"attention": "o", "gradient": "^", "input": "s", "none": "X"}
+FAMILY_WORDS = {
+    "attention": "reads attention",
+    "gradient": "uses gradients",
+    "input": "erases inputs",
+    "none": "knows nothing of the model",
+}
 CONCEPT_COLORS = {
     "striped": "#0072b2",
     "dotted": "#e69f00",
@@ -82,13 +90,13 @@ def use_style() -> None:
 def token_strips(
     sentences: Sequence[tuple[str, Sequence[str], Mapping[str, Sequence[float]]]], line: int = 84
 ) -> tuple[plt.Figure, np.ndarray]:
-    """Draw sentences as rows of coloured tokens, one row a method, all on one colour scale.
+    """Draw sentences as lines of coloured tokens, one for each method, all on one colour scale.
 
     sentences  (title, tokens, {method: attribution of each token}) each
     line       characters after which a sentence goes on in a new line
 
-    Each row is divided by its largest absolute value, so zero and sign stay where they are and methods of
-    different units can be compared. Returns the figure and one axes a sentence.
+    Each line is divided by its largest absolute value, so zero and sign stay where they are and methods of
+    different units can be compared. Returns the figure and one axes for each sentence.
     """
     layouts = [_break_lines(tokens, line) for _, tokens, _ in sentences]
     heights = [
@@ -135,7 +143,7 @@ def token_strips(
         scale, ax=axes[:, 0].tolist(), orientation="horizontal", aspect=60, pad=0.02, shrink=0.6
     )
     bar.ax.tick_params(labelsize=6.5)
-    bar.set_label("attribution / largest |attribution| of the row", fontsize=7)
+    bar.set_label("attribution / largest |attribution| of the line", fontsize=7)
     return figure, axes[:, 0]
 
 
@@ -156,11 +164,11 @@ def method_strips(
 ) -> tuple[plt.Figure, np.ndarray]:
     """Draw a panel for each set, a strip for each method: inputs as dots, the mean with its interval.
 
-    scores     long table with the columns set, method, family and `measure`, one row an input
+    scores     long table with the columns set, method, family and `measure`, one line for each input
     intervals  the same without inputs: set, method, family, mean, low, high of `measure`
 
     Dots are blue for attention-based, green for gradient-based, red for input-based methods, grey for those
-    that know nothing. Returns the figure and one axes a set.
+    that know nothing. Returns the figure and one axes for each set.
     """
     sets = list(dict.fromkeys(scores["set"]))
     methods = list(dict.fromkeys(scores["method"]))
@@ -204,6 +212,51 @@ def method_strips(
         axis.tick_params(axis="y", length=0, labelsize=6.5)
     figure.supxlabel(label or measure, fontsize=8)
     return figure, axes[0]
+
+
+def method_points(
+    axis: plt.Axes,
+    values: pd.Series,
+    filled: Collection[str] | None = None,
+    order: Sequence[str] | None = None,
+    bars: bool = False,
+    intervals: pd.DataFrame | None = None,
+) -> None:
+    """Draw one value for each method, methods from the top down, the marker's shape and colour by family.
+
+    values     the value of each method; those that `order` lacks are left out
+    filled     methods whose marker is filled, the others' are hollow; default all
+    order      methods from the top down, empty lines where `values` has none; default that of `values`
+    bars       draw a bar from 0 to each value, too
+    intervals  columns low and high of each method, drawn as a black line
+    """
+    order = list(values.index if order is None else order)
+    for place, method in enumerate(order):
+        if pd.isna(value := values.get(method)):
+            continue
+        family = FAMILY.get(method, "gradient")
+        colour = FAMILY_COLORS[family]
+        inside = colour if filled is None or method in filled else "white"
+        if bars:
+            axis.barh(place, value, color=colour, height=0.6, alpha=0.35)
+        if intervals is not None:
+            axis.hlines(place, *intervals.loc[method, ["low", "high"]], color="black", linewidth=1)
+        looks = {"marker": FAMILY_MARKS[family], "edgecolors": colour, "facecolors": inside}
+        axis.scatter(value, place, s=18, zorder=3, clip_on=False, **looks)
+    axis.set_yticks(range(len(order)), order, fontsize=7)
+    axis.set_ylim(len(order) - 0.4, -0.6)
+
+
+def family_legend(figure: plt.Figure, methods: Iterable[str], ncols: int = 4) -> None:
+    """Say below a figure of `method_points` what the shapes mean of those families that are in it."""
+    present = {FAMILY.get(method, "gradient") for method in methods}
+    look = {"linestyle": "none", "markersize": 4.5}
+    handles = [
+        Line2D([], [], marker=FAMILY_MARKS[name], color=FAMILY_COLORS[name], label=said, **look)
+        for name, said in FAMILY_WORDS.items()
+        if name in present
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize=7)
 
 
 def patch_heatmaps(
