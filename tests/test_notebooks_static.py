@@ -142,11 +142,42 @@ def test_code_cells_are_short_and_never_more_than_three_in_a_row(name):
     assert "cccc" not in kinds
 
 
-def test_every_saved_figure_is_read_in_words_right_after(name):
-    cells = read(name).cells
-    for cell, after, later in zip(cells, cells[1:], cells[2:], strict=False):
-        if "save_figure(" in cell.source:
-            assert "markdown" in (after.cell_type, later.cell_type), cell.source
+def test_every_saved_figure_has_a_numbered_caption_right_after(name):
+    cells, numbers = read(name).cells, []
+    for place, cell in enumerate(cells):
+        if cell.cell_type == "code" and "save_figure(" in cell.source:
+            after = next(later for later in cells[place + 1 : place + 3] if later.cell_type == "markdown")
+            assert (caption := re.match(r"\*\*Figure (\d)\.(\d+)\.\*\* \w", after.source)), after.source
+            numbers.append(tuple(map(int, caption.groups())))
+    assert numbers == [(int(name[:2]), place + 1) for place in range(len(numbers))]
+
+
+def test_prose_cells_are_short(name):
+    lengths = {}
+    for text in prose(name):
+        words = re.sub(
+            r"```.*?```|\$\$.*?\$\$|^\|.*?$|\]\([^)]*\)", " ", text, flags=re.DOTALL | re.MULTILINE
+        )
+        lengths[text] = len(re.findall(r"\w[\w'’.-]*", words))
+    opening, *others = lengths.values()
+    assert opening <= 220 and max(others) <= 100, max(list(lengths)[1:], key=lengths.get)
+    assert median(others) <= 65
+
+
+def test_code_lines_fit_a_page(name):
+    lines = [line for cell in code_cells(name) for line in cell.source.splitlines()]
+    assert max(map(len, lines)) <= 100, max(lines, key=len)
+
+
+def test_one_word_for_one_thing(name):
+    """A model sees images and has layers; what is drawn of it is a figure."""
+    said = [*prose(name), *(cell.source for cell in code_cells(name))]
+    links = r"\]\([^)]*\)|https?:\S+"
+    assert not [
+        part
+        for text in said
+        for part in re.findall(r"(?i).*\b(?:picture|block)s?\b.*", re.sub(links, "", text))
+    ]
 
 
 def test_prose_holds_no_placeholder(name):

@@ -5,9 +5,11 @@ It writes into a fresh place below .staging, which replaces what was there befor
 
 import base64
 import io
+import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +41,8 @@ from workflow.provenance import (
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
 LARGE = 2**16  # bytes of a packed picture
+FINDING = re.compile(r"[*_]*In the committed run\b")  # how a paragraph begins that tells what came out
+LEFT_OUT = "*What the committed run found is left out here: this run has other parameters.*"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -88,6 +92,20 @@ def clean_notebook(notebook, stage: Path | None = None):
     return nbformat.reads(text.replace(f"{stage}/", "") if stage else text, as_version=4)
 
 
+def leave_out_findings(notebook) -> None:
+    """Replace what the committed run found, which is not true of another run, by a note in each cell."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            parts = [LEFT_OUT if FINDING.match(part) else part for part in re.split(r"\n\s*\n", cell.source)]
+            cell.source = "\n\n".join(part for part, _ in itertools.groupby(parts))
+
+
+def _differs(name: str, parameters: dict) -> bool:
+    """Whether a run's parameters may change what comes out of a notebook."""
+    given = {key: value for key, value in parameters.items() if key not in ("device", "batch_size")}
+    return any(value != notebook_default(name, key) for key, value in given.items())
+
+
 def _attempt(name: str, parameters: dict, run: Path, digest: str, stage: Path) -> dict:
     executed, figures, log = stage / f"{name}.ipynb", stage / "figures" / name, run / "logs" / f"{name}.log"
     for folder in (figures, log.parent, run / "figures", run / "notebooks"):
@@ -103,7 +121,12 @@ def _attempt(name: str, parameters: dict, run: Path, digest: str, stage: Path) -
         source = executed if executed.exists() else NOTEBOOKS / executed.name
         shutil.copyfile(source, failure_path(name, run))
         raise
-    nbformat.write(clean_notebook(nbformat.read(executed, as_version=4), stage), executed)
+    notebook = clean_notebook(nbformat.read(executed, as_version=4), stage)
+    earlier = {other: read_provenance(other, run) for other in earlier_notebooks(name)}
+    asked = {name: parameters} | {other: found["parameters"] for other, found in earlier.items() if found}
+    if any(map(_differs, asked, asked.values())):
+        leave_out_findings(notebook)
+    nbformat.write(notebook, executed)
     made = {f"notebooks/{name}.ipynb": executed}
     made |= {
         path.relative_to(stage).as_posix(): path for path in sorted(figures.rglob("*")) if path.is_file()
