@@ -95,6 +95,29 @@ def test_ink_is_legible_on_dark_and_light_boxes():
     assert [text.get_color() for text in axes[0].texts[2:]] == ["white", "black", "white", "black"]
 
 
+def test_methods_stand_by_family_each_with_its_marker_and_a_gap_after_each_family():
+    methods = {name: [1.0, 2.0] for name in ("Grad-SAM", "Shapley-Input", "Att (received)", "AttnLRP")}
+    figure, axes = plots.token_strips([("film", TOKENS[:2], methods)])
+    names = [text.get_text() for text in axes[0].texts if text.get_text() in methods]
+    assert names == ["Att (received)", "Grad-SAM", "AttnLRP", "Shapley-Input"]
+    tops = [box.get_y() for box in boxes(axes[0])][::2]
+    first, second, third = np.diff(tops)
+    assert second == pytest.approx(1) and first > 1.2 and third > 1.2
+    marks = [part.get_facecolors()[0][:3] for part in axes[0].collections]
+    families = [plots.FAMILY[name] for name in names]
+    np.testing.assert_allclose(marks, [to_rgba(plots.FAMILY_COLORS[family])[:3] for family in families])
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        plots.FAMILY_WORDS[family] for family in ("attention", "gradient", "input")
+    ]
+
+
+def test_a_price_in_dollars_is_no_formula():
+    figure, axes = plots.token_strips([("$5 a {seat$", ["$", "{5_$"], {"cls": [1.0, 2.0]})])
+    figure.canvas.draw()  # as formulas these could not be read
+    assert [text.get_text() for text in axes[0].texts] == ["$5 a {seat$", "cls", "$", "{5_$"]
+
+
 # Method strips
 
 
@@ -171,6 +194,13 @@ def test_panels_name_set_size_method_and_measure(strips):
         "Random",
     ]
     assert figure.get_supxlabel() == "comprehensiveness"
+    [legend] = figure.legends
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said == [
+        *(plots.FAMILY_WORDS[f] for f in ("attention", "gradient", "none")),
+        "mean",
+        "95 % interval",
+    ]
 
 
 def test_method_missing_from_one_set_leaves_its_strip_empty():
