@@ -233,6 +233,17 @@ def test_maps_over_an_image_are_the_more_opaque_the_larger_they_are():
     plt.close("all")
 
 
+@pytest.mark.parametrize("lowest, shown", [(0.25, (0, 1)), (-0.25, (-1, 1))])
+def test_colour_bar_has_a_negative_half_only_where_a_map_has_one(lowest, shown):
+    rows = [("zebra", np.zeros((4, 4, 3), np.uint8), {"Shapley-Att-CLS": np.array([[1.0, lowest]])})]
+    figure, axes = plots.patch_heatmaps(rows, width=4, fontsize=9)
+    bar = figure.axes[-1]
+    assert bar.get_xlim() == shown and bar.xaxis.label.get_fontsize() == 9 and figure.get_figwidth() == 4
+    assert axes[0, 1].get_images()[0].get_clim() == (-1, 1)  # white is zero in both
+    assert axes[0, 1].get_title() == "Shapley-\nAtt-\nCLS" and axes[0, 1].title.get_fontsize() == 9
+    plt.close("all")
+
+
 # Points of methods
 
 
