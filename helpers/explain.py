@@ -1,4 +1,4 @@
-"""One call for one explanation: methods by name, the class to explain and its rival, pictures by path."""
+"""One call for one explanation: methods by name, the class to explain and its rival, images by path."""
 
 from collections.abc import Sequence
 from html import escape
@@ -65,7 +65,7 @@ def decide(model, inputs, wanted: str = "") -> tuple[torch.Tensor, torch.Tensor,
     return probabilities, chosen, torch.where(chosen == first, second, first)
 
 
-def gather_pictures(places: Sequence[str], n_images: int, seed: int = 0) -> dict[str, Image.Image]:
+def gather_images(places: Sequence[str], n_images: int, seed: int = 0) -> dict[str, Image.Image]:
     """Read files, and folders of files, as {path: RGB image}, `n_images` of them at most.
 
     Of a folder they are drawn as in `load_images`. Raises FileNotFoundError for what does not exist.
@@ -74,7 +74,7 @@ def gather_pictures(places: Sequence[str], n_images: int, seed: int = 0) -> dict
     for place in places:
         path = local_path(place)
         if not path.exists():
-            raise FileNotFoundError(f"picture {place!r} does not exist; give files, or folders of them")
+            raise FileNotFoundError(f"image {place!r} does not exist; give files, or folders of them")
         if path.is_dir():
             inside = load_images(path, n_images, seed)
             found |= {f"{place.rstrip('/')}/{name}": image for name, image in inside.items()}

@@ -12,7 +12,7 @@ from IPython import display
 from PIL import Image
 
 from helpers.attention import read_attention
-from helpers.explain import BEST, METHODS, coloured_words, decide, explain, gather_pictures
+from helpers.explain import BEST, METHODS, coloured_words, decide, explain, gather_images
 from helpers.images import patch_players
 from helpers.paths import PROJECT_ROOT
 from helpers.relevance import gradient_times_input
@@ -74,17 +74,17 @@ def test_class_and_rival_are_the_two_most_probable_unless_another_is_named(model
         decide(model, inputs, "neutrl")
 
 
-def test_pictures_of_files_and_folders(tmp_path):
+def test_images_of_files_and_folders(tmp_path):
     (tmp_path / "folder").mkdir()
     for number, name in enumerate(("one.png", "folder/two.png", "folder/three.jpg")):
         Image.new("RGB", (8 + number, 8), "red").save(tmp_path / name)
     places = [f"{tmp_path}/one.png", f"{tmp_path}/folder/"]
-    found = gather_pictures(places, 9)
+    found = gather_images(places, 9)
     assert [image.width for image in found.values()] == [8, 10, 9]  # a folder's by name
     assert list(found) == [f"{tmp_path}/{name}" for name in ("one.png", "folder/three.jpg", "folder/two.png")]
-    assert len(gather_pictures(places, 2)) == 2 and gather_pictures([], 2) == {}
-    with pytest.raises(FileNotFoundError, match="picture 'nowhere.png' does not exist"):
-        gather_pictures(["nowhere.png"], 9)
+    assert len(gather_images(places, 2)) == 2 and gather_images([], 2) == {}
+    with pytest.raises(FileNotFoundError, match="image 'nowhere.png' does not exist"):
+        gather_images(["nowhere.png"], 9)
 
 
 # The form of the quick start
