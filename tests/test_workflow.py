@@ -517,6 +517,27 @@ def test_packed_pictures_keep_the_colours_that_are_rare_in_them(project):
     assert (signs[0] * signs[1] >= 0).all() and signs[0].min() < 0 < signs[0].max()
 
 
+def test_findings_of_the_committed_run_are_left_out_of_other_runs(project, quick):
+    """Of runs with other parameters, and of what reads from these; a computing device changes nothing."""
+    finding = "**In the committed run** the mean is .42:\n- highest of all."
+    words = f"## 1\n\nTrue of all.\n\n{finding}\n\nIn the committed run\nagain.\n\nTrue, too."
+    for name in ("01_first", "03_third"):
+        path = project.root / "notebooks" / f"{name}.ipynb"
+        edit(path, lambda notebook: notebook.cells.append(new_markdown_cell(words)))
+    said = lambda run, name: (
+        nbformat.read(project.root / run / "notebooks" / f"{name}.ipynb", 4).cells[-1].source
+    )
+    own = ["run", "--only", "01_first", "-p", "seed", "3", "--output", "own"]
+    assert invoke(project, *own).exit_code == 0
+    note = project.execute.LEFT_OUT
+    assert said("own", "01_first") == f"## 1\n\nTrue of all.\n\n{note}\n\nTrue, too."
+    assert invoke(project, "run", "--only", "03_third", "--output", "own").exit_code == 0
+    assert note in said("own", "03_third") and "again" not in said("own", "03_third")
+    same = ["run", "--only", "01_first", "-p", "seed", "0", "--output", "same"]
+    assert invoke(project, *same).exit_code == 0
+    assert said("same", "01_first") == words
+
+
 # Refused before anything starts
 
 
