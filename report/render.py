@@ -34,7 +34,7 @@ FRAME = {"class": "wide", "tabindex": "0", "role": "group", "aria-label": "Table
 SAVED = re.compile(r'figures,\s*"(\w+)",?\s*\)')  # how notebooks end a call that saves a figure or a table
 
 Page = namedtuple("Page", "name title question run_time error body sections figures files")
-Figure = namedtuple("Figure", "id cell saved image caption data")
+Figure = namedtuple("Figure", "id cell saved images caption data")
 
 
 def render(source: Path, target: Path) -> Path:
@@ -276,24 +276,28 @@ def _frame_figures(
             source / "figures" / name / file for file in (*(f"{one}.csv" for one in near), "results.json")
         ]
         data = {f"files/figures/{name}/{path.name}": path for path in paths if path.is_file()}
-        for image in cell.select(".output_area img"):
-            frame = image.wrap(soup.new_tag("figure"))
+        if not (images := cell.select(".output_area img")):
+            continue
+        frame = images[0].wrap(soup.new_tag("figure"))
+        frame.extend(image.extract() for image in images[1:])  # several that one cell draws are one figure
+        prose = cell.find_next_sibling(class_="text_cell")
+        caption = prose.p if prose and prose.p else soup.new_tag("p")
+        numbered = re.match(r"Figure (\d+\.\d+)\. (.*)", _plain(caption))
+        number, text = numbered.groups() if numbered else ("", _plain(caption))
+        frame["id"] = f"figure-{number or len(figures) + 1}"
+        for image in images:
             image.wrap(soup.new_tag("a", href=image["src"]))
-            prose = cell.find_next_sibling(class_="text_cell")
-            caption = prose.p if prose and prose.p else soup.new_tag("p")
-            numbered = re.match(r"Figure (\d+\.\d+)\. (.*)", _plain(caption))
-            number, text = numbered.groups() if numbered else ("", _plain(caption))
-            frame["id"] = f"figure-{number or len(figures) + 1}"
             image["alt"] = f"Figure {number}".strip() + f": {_first_sentence(text)}"
-            if numbered:
-                caption.name = "figcaption"
-                frame.append(caption.extract())
             if content := outputs.get(image["src"]):
                 files[image["src"]] = content
                 image.attrs |= _size(content)
-            html = re.sub(r"</?a\b[^>]*>", "", caption.decode_contents()) if numbered else escape(text)
-            figures.append(Figure(frame["id"], cell["id"], names, dict(image.attrs), html, list(data)))
-            files |= {file: path.read_bytes() for file, path in data.items()}
+        said = re.sub(r"</?a\b[^>]*>", "", caption.decode_contents()) if numbered else escape(text)
+        shown = [dict(image.attrs) for image in images]
+        figures.append(Figure(frame["id"], cell["id"], names, shown, said, list(data)))
+        files |= {file: path.read_bytes() for file, path in data.items()}
+        if numbered:
+            caption.name = "figcaption"
+            frame.append(caption.extract())
     return figures, files
 
 

@@ -142,7 +142,7 @@ def test_front_page_begins_with_what_the_readme_says_first(edition, pages):
     assert words(index.title) == words(index.h1) == words(about.h1)
     assert (
         words(about.p).startswith(words(index.select_one(".lead")))
-        and index.select_one(".lead").get_text()[-1] == "."
+        and index.select_one(".lead").get_text()[-1] in ".?"
     )
     findings = (
         about.find(string=re.compile("What comes out|In the committed run")).find_next("ul").find_all("li")
@@ -344,7 +344,7 @@ def test_figures_have_anchors_captions_and_the_tables_of_their_section(tmp_path)
         new_markdown_cell(f"{caption}\n\nRead as falling."),
         executed('save_table(t, figures, "late")\nsave_table(t, figures, "lost")', count=4),
         new_markdown_cell("## Next part\n\nAbout something else."),
-        executed("show()", [picture(300, 200)], count=5),
+        executed("show()", [picture(300, 200), picture(30, 20)], count=5),
         new_markdown_cell("Told <here>. Not there."),
     ]
     source = write(tmp_path, _01_first=cells)
@@ -359,11 +359,13 @@ def test_figures_have_anchors_captions_and_the_tables_of_their_section(tmp_path)
     assert (small.img["width"], small.img["height"], large.img["width"]) == ("40", "20", "300")
     assert small.a["href"] == small.img["src"] != large.img["src"]
     assert Image.open(target / large.img["src"]).size == (300, 200)
+    assert [image["width"] for image in large.find_all("img")] == ["300", "30"]
     assert words(small.figcaption) == "Figure 1.1. What it is: bars, see. And more."
     assert not large.figcaption and page.main.get_text().count("What it is") == 1
     assert page.find(id="parameters").pre.get_text().strip() == "n = 1"
     first, second = index.find_all("article")
     assert words(first.p) == words(small.figcaption) and not first.p.a and first.p.em
+    assert [len(card.find_all("img")) for card in (first, second)] == [1, 2]
     hrefs = [[link["href"].split("/")[-1] for link in card.find_all("a")] for card in (first, second)]
     cells = [f"01_first.html#{figure.find_parent(class_='cell')['id']}" for figure in (small, large)]
     parameters = "01_first.html#parameters"
