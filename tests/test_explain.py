@@ -123,10 +123,10 @@ def form(model, tokenizer, monkeypatch):
 
 def test_form_explains_what_is_typed_for_every_class_and_method(form, capsys):
     show, controls = form
-    assert controls["text"] == SENTENCES[0] and {"", "runner-up", "neutral"} <= set(
-        controls["explained"].values()
-    )
-    for method in controls["by"]:
+    assert controls["text"].value == SENTENCES[0]
+    assert {"predicted", "runner-up", "neutral"} <= set(controls["explained"].options)
+    assert (controls["explained"].value, controls["by"].value) == ("", BEST)
+    for method in controls["by"].options:
         show("an unbelievably <b>clever</b> film", "neutral", method)
         said = capsys.readouterr().out
         assert said.startswith("neutral: probability 0.") and said.count("<span") == 11
