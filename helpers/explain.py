@@ -1,10 +1,14 @@
-"""One call for one explanation: methods by name, the class to explain and its rival, images by path."""
+"""One call for one explanation: methods by name, the class to explain and its rival, images by path, and
+a form.
+"""
 
 from collections.abc import Sequence
 from html import escape
 
+import ipywidgets
 import numpy as np
 import torch
+from IPython.display import HTML, display
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from PIL import Image
@@ -17,6 +21,7 @@ from helpers.models import check_explainable
 from helpers.paths import local_path
 from helpers.relevance import gradient_times_input
 from helpers.shapley import ATTRIBUTIONS, best_attention_game, shapley_attributions
+from helpers.text import encode, token_players, word_groups
 
 BEST = "Shapley-Rel-Att-Contrast"
 METHODS = (BEST, "AttnLRP", *ATTRIBUTIONS)  # the recommended one first, then the paper's six
@@ -81,6 +86,32 @@ def gather_images(places: Sequence[str], n_images: int, seed: int = 0) -> dict[s
         else:
             found[place] = read_image(path)
     return dict(list(found.items())[:n_images])
+
+
+def show_form(model, tokenizer, text: str) -> None:
+    """Show a form in a notebook that explains a text as it is typed, for any class, by any method."""
+
+    def as_you_type(text: str, wanted: str, method: str) -> None:
+        try:
+            inputs = encode([text], tokenizer, model)
+            probabilities, chosen, _ = decide(model, inputs, wanted)
+            players = token_players(inputs, tokenizer)
+            values = explain(model, inputs, players, chosen, method)[0].cpu()
+        except ValueError as error:
+            print(error)
+            return
+        words, places = zip(*word_groups(inputs, 0, text), strict=True)
+        print(f"{model.config.id2label[int(chosen)]}: probability {probabilities[0, int(chosen)]:.2f}")
+        display(HTML(coloured_words(words, [float(values[at].sum()) for at in places])))
+
+    labels = {name: name for name in model.config.id2label.values()}
+    classes = {"predicted": "", RUNNER_UP: RUNNER_UP, **labels}
+    ipywidgets.interact(
+        as_you_type,
+        text=ipywidgets.Text(text, layout={"width": "95%"}),
+        wanted=ipywidgets.Dropdown(options=classes, description="class"),
+        method=ipywidgets.Dropdown(options=METHODS),
+    )
 
 
 def coloured_words(words: Sequence[str], values: Sequence[float]) -> str:
