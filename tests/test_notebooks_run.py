@@ -61,7 +61,7 @@ def check_quickstart(results):
     concept = results["concept"]
     assert 0 <= concept["low"] <= concept["high"] <= 1 and all(0 <= share <= 1 for share in concept.values())
     assert all(0.5 < p <= 1 for p in results["probability"])  # of two classes, the predicted one
-    for cost in (results["text"], results["picture"]):
+    for cost in (results["text"], results["image"]):
         assert (cost["forward passes"], cost["backward passes"]) == (2, 1) and cost["milliseconds"] > 0
 
 
