@@ -67,6 +67,7 @@ def check_quickstart(results):
 
 def check_nlp_shapley(results):
     assert results["closed_form_error"] < 1e-12
+    assert results["examples"] == {"It never fails to engage us.": "positive"}  # the smoke profile's own
     assert results["accuracy"] and all(0.5 < accuracy <= 1 for accuracy in results["accuracy"].values())
     for rows in results["faithfulness"].values():
         assert rows["Att (row sum, constant)"]["comp mean"] == 0
