@@ -65,28 +65,6 @@ def load_images(folder: str | Path, n_images: int | None = None, seed: int = 0) 
     return {path.relative_to(folder).as_posix(): images[path] for path in sorted(images)}
 
 
-def gather_images(
-    places: Sequence[str], n_images: int | None = None, seed: int = 0
-) -> dict[str, Image.Image]:
-    """Read files, and folders of files, as {path as given: RGB image}, in the order given.
-
-    `n_images` of them at most, of a folder drawn as in `load_images`; None keeps all. Raises
-    FileNotFoundError for what does not exist, ValueError for a file that is no whole image, or a folder
-    without any.
-    """
-    found: dict[str, Image.Image] = {}
-    for place in places:
-        path = local_path(place)
-        if not path.exists():
-            raise FileNotFoundError(f"image {place!r} does not exist; give files, or folders of them")
-        if path.is_dir():
-            inside = load_images(path, n_images, seed)
-            found |= {f"{place.rstrip('/')}/{name}": image for name, image in inside.items()}
-        else:
-            found[place] = read_image(path)
-    return dict(list(found.items())[:n_images])
-
-
 def load_image_folder(
     folder: str | Path,
     min_images: int = MIN_IMAGES,

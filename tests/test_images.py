@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from transformers import BitImageProcessor, ViTImageProcessorPil
 
-from helpers.images import gather_images, input_size, load_image_folder
+from helpers.images import input_size, load_image_folder
 
 
 @pytest.fixture
@@ -73,24 +73,3 @@ def test_the_size_that_a_processor_gives_is_the_crop_s_or_the_square_s():
     )
     with pytest.raises(ValueError, match="set one side in pixels"):
         input_size(ViTImageProcessorPil(size={"height": 96, "width": 112}))
-
-
-def test_images_are_gathered_from_files_and_folders_in_the_order_given(folder, tmp_path):
-    alone = tmp_path / "alone.png"
-    Image.new("L", (20, 8)).save(alone)
-    places = [str(alone), f"{folder}/dotted/", str(folder / "striped" / "3.png")]
-    found = gather_images(places)
-    inside = [f"{folder}/dotted/{number}.png" for number in range(6)]
-    assert list(found) == [str(alone), *inside, places[2]]
-    assert [image.size[0] for image in found.values()] == [20, 8, 9, 10, 11, 12, 13, 11]
-    assert {image.mode for image in found.values()} == {"RGB"}
-    assert list(gather_images(places, 1)) == [str(alone)]
-    assert gather_images([]) == {}
-
-
-def test_what_is_missing_or_no_image_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="image 'nowhere.png' does not exist; give files, or folders"):
-        gather_images(["nowhere.png"])
-    (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match="'notes.txt' is not a whole image that Pillow can read"):
-        gather_images([str(tmp_path / "notes.txt")])
