@@ -1,10 +1,14 @@
-"""One call for one explanation: methods by name, the class to explain and its rival, pictures by path."""
+"""One call for one explanation: methods by name, the class to explain and its rival, images by path, and
+a form.
+"""
 
 from collections.abc import Sequence
 from html import escape
 
+import ipywidgets
 import numpy as np
 import torch
+from IPython.display import HTML, display
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from PIL import Image
@@ -17,6 +21,7 @@ from helpers.models import check_explainable
 from helpers.paths import local_path
 from helpers.relevance import gradient_times_input
 from helpers.shapley import ATTRIBUTIONS, best_attention_game, shapley_attributions
+from helpers.text import encode, token_players, word_groups
 
 BEST = "Shapley-Rel-Att-Contrast"
 METHODS = (BEST, "AttnLRP", *ATTRIBUTIONS)  # the recommended one first, then the paper's six
@@ -65,7 +70,7 @@ def decide(model, inputs, wanted: str = "") -> tuple[torch.Tensor, torch.Tensor,
     return probabilities, chosen, torch.where(chosen == first, second, first)
 
 
-def gather_pictures(places: Sequence[str], n_images: int, seed: int = 0) -> dict[str, Image.Image]:
+def gather_images(places: Sequence[str], n_images: int, seed: int = 0) -> dict[str, Image.Image]:
     """Read files, and folders of files, as {path: RGB image}, `n_images` of them at most.
 
     Of a folder they are drawn as in `load_images`. Raises FileNotFoundError for what does not exist.
@@ -74,13 +79,39 @@ def gather_pictures(places: Sequence[str], n_images: int, seed: int = 0) -> dict
     for place in places:
         path = local_path(place)
         if not path.exists():
-            raise FileNotFoundError(f"picture {place!r} does not exist; give files, or folders of them")
+            raise FileNotFoundError(f"image {place!r} does not exist; give files, or folders of them")
         if path.is_dir():
             inside = load_images(path, n_images, seed)
             found |= {f"{place.rstrip('/')}/{name}": image for name, image in inside.items()}
         else:
             found[place] = read_image(path)
     return dict(list(found.items())[:n_images])
+
+
+def show_form(model, tokenizer, text: str) -> None:
+    """Show a form in a notebook that explains a text as it is typed, for any class, by any method."""
+
+    def as_you_type(text: str, wanted: str, method: str) -> None:
+        try:
+            inputs = encode([text], tokenizer, model)
+            probabilities, chosen, _ = decide(model, inputs, wanted)
+            players = token_players(inputs, tokenizer)
+            values = explain(model, inputs, players, chosen, method)[0].cpu()
+        except ValueError as error:
+            print(error)
+            return
+        words, places = zip(*word_groups(inputs, 0, text), strict=True)
+        print(f"{model.config.id2label[int(chosen)]}: probability {probabilities[0, int(chosen)]:.2f}")
+        display(HTML(coloured_words(words, [float(values[at].sum()) for at in places])))
+
+    labels = {name: name for name in model.config.id2label.values()}
+    classes = {"predicted": "", RUNNER_UP: RUNNER_UP, **labels}
+    ipywidgets.interact(
+        as_you_type,
+        text=ipywidgets.Text(text, layout={"width": "95%"}),
+        wanted=ipywidgets.Dropdown(options=classes, description="class"),
+        method=ipywidgets.Dropdown(options=METHODS),
+    )
 
 
 def coloured_words(words: Sequence[str], values: Sequence[float]) -> str:

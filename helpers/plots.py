@@ -1,5 +1,6 @@
 """Figures of attributions; every function returns (figure, axes) and leaves saving to the caller."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -8,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -26,6 +27,8 @@ FAMILIES = {  # what a method needs: attention alone, a gradient, changed inputs
         "Att (received)",
         "Att (row sum, constant)",
         "Attention rollout",
+        "Network on A, taught by people",
+        "Network on A, taught by the model",
     ),
     "gradient": (
         "Shapley-Grad-Att-CLS",
@@ -42,7 +45,6 @@ FAMILIES = {  # what a method needs: attention alone, a gradient, changed inputs
         "Shapley-Rel-Att-CLS",
         "Shapley-Rel-Att-Received",
         "Shapley-Rel-Att-Contrast",
-        "Signed received",
         "Integrated gradients",
     ),
     "input": (
@@ -52,7 +54,7 @@ FAMILIES = {  # what a method needs: attention alone, a gradient, changed inputs
         "SHAP (signed)",
         "SHAP (absolute)",
     ),
-    "none": ("Random", "First tokens", "Longest words"),
+    "none": ("Random", "First tokens", "Longest words", "People", "People (signed)"),
 }
 FAMILY = {method: family for family, methods in FAMILIES.items() for method in methods}
 FAMILY_MARKS = {"attention": "o", "gradient": "^", "input": "s", "none": "X"}
@@ -83,6 +85,11 @@ STYLE: dict = {
     "pdf.fonttype": 42,
     "font.family": "DejaVu Sans",
 }
+
+
+def signed_part(low: float) -> ListedColormap:
+    """Return the part of the signed colours from `low` (−1 to 0) to 1, for a scale that begins there."""
+    return ListedColormap(plt.get_cmap(SIGNED)(np.linspace((1 + low) / 2, 1, 256)))
 
 
 def use_style() -> None:
@@ -305,6 +312,8 @@ def patch_heatmaps(
     outlines: Sequence[np.ndarray] | None = None,
     unsigned: Mapping[str, str] | None = None,
     overlay: bool = False,
+    width: float = PAGE,
+    fontsize: float = 6.5,
 ) -> tuple[plt.Figure, np.ndarray]:
     """Draw images as rows and methods as columns of patch heatmaps, all on one signed colour scale.
 
@@ -316,17 +325,18 @@ def patch_heatmaps(
     unsigned  {column: unit} of columns with positive quantities: a scale of their own, from 0 to the column's
               largest
     overlay   lay the maps over the image in grey, the more opaque the larger the value
+    width     of the figure in inches; on a small screen letters are the larger the narrower it is
 
-    Zero is white and stays where it is; every patch is one flat square. Returns the figure and axes (rows, 1
-    + methods).
+    Zero is white and stays where it is; every patch is one flat square. The colour bar shows negative values
+    only where there are some. Returns the figure and axes (rows, 1 + methods).
     """
     unsigned = unsigned or {}
     methods = list(rows[0][2])
-    side = (PAGE - 0.3) / (1 + len(methods))
+    side = (width - 0.3) / (1 + len(methods))
     figure, axes = plt.subplots(
         len(rows),
         1 + len(methods),
-        figsize=(PAGE, side * len(rows) + 0.85),
+        figsize=(width, side * len(rows) + 0.13 * fontsize),
         squeeze=False,
         layout="constrained",
     )
@@ -334,7 +344,7 @@ def patch_heatmaps(
     for row, (title, image, maps) in enumerate(rows):
         height, width = np.shape(image)[:2]
         axes[row, 0].imshow(image, interpolation="nearest")
-        axes[row, 0].set_ylabel(title, fontsize=7)
+        axes[row, 0].set_ylabel(title, fontsize=fontsize)
         for axis, (method, values) in zip(axes[row, 1:], maps.items(), strict=True):
             values = np.asarray(values, dtype=float)
             top = largest[method] if shared or method in unsigned else np.abs(values).max()
@@ -352,24 +362,29 @@ def patch_heatmaps(
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    axes[0, 0].set_title("image", fontsize=6.5)
+    axes[0, 0].set_title("image", fontsize=fontsize)
     for axis, method in zip(axes[0, 1:], methods, strict=True):
-        axis.set_title(method.replace("Att-", "Att-\n").replace(" ", "\n"), fontsize=6.5)
+        name = re.sub("(Shapley-)(?=.*Att-)", r"\1\n", method).replace("Att-", "Att-\n")
+        axis.set_title(name.replace(" ", "\n"), fontsize=fontsize)
     signed = [0, *(index for index, method in enumerate(methods, 1) if method not in unsigned)]
-    whole = "column" if shared else "map"
-    _bar_below(figure, axes[:, signed], SIGNED, -1, f"attribution / largest |attribution| of the {whole}")
+    against = any(np.min(maps[name]) < 0 for *_, maps in rows for name in methods if name not in unsigned)
+    said = f"attribution / largest |attribution| of the {'column' if shared else 'map'}"
+    _bar_below(figure, axes[:, signed], SIGNED, -1, said, fontsize, -1 if against else 0)
     for method, unit in unsigned.items():
-        _bar_below(figure, axes[:, 1 + methods.index(method)], UNSIGNED, 0, unit)
+        _bar_below(figure, axes[:, 1 + methods.index(method)], UNSIGNED, 0, unit, fontsize)
     return figure, axes
 
 
-def _bar_below(figure, axes: np.ndarray, colors: str, low: float, label: str) -> None:
-    """Put a horizontal colour bar under some columns."""
+def _bar_below(
+    figure, axes: np.ndarray, colors: str, low: float, label: str, fontsize: float, start: float = 0
+) -> None:
+    """Put a horizontal colour bar under some columns: the colours of low to 1, shown from `start` on."""
     scale = ScalarMappable(Normalize(low, 1), colors)
     thin = 50 if axes.ndim > 1 else 8
     bar = figure.colorbar(
         scale, ax=list(axes.flat), orientation="horizontal", fraction=0.03, pad=0.02, aspect=thin, shrink=0.8
     )
-    bar.set_label(label, fontsize=6.5)
-    bar.ax.tick_params(labelsize=6.5)
-    bar.set_ticks([0, 0.5, 1] if low == 0 else [-1, -0.5, 0, 0.5, 1])
+    bar.set_label(label, fontsize=fontsize)
+    bar.ax.tick_params(labelsize=fontsize)
+    bar.set_ticks([0, 0.5, 1] if start == 0 else [-1, -0.5, 0, 0.5, 1])
+    bar.ax.set_xlim(start, 1)

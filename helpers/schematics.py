@@ -28,7 +28,7 @@ def attention_to_values() -> tuple[plt.Figure, np.ndarray]:
     values = attention_shapley(ATTENTION[None], torch.tensor([[False, *[True] * 4]]), "mutual")[0, 1:].numpy()
     figure, axes = _four_steps(
         {
-            "attention": "of every head\nin every block",
+            "attention": "of every head\nin every layer",
             "matrix M": "their mean: who\nlooks at whom",
             "game v": f"v({{not, bad}}) =\n.45 + .40 = {worth:.2f}".replace("0.", "."),
             "values φ": "each word's share\nof v(all words)",
@@ -57,7 +57,7 @@ def attention_to_values() -> tuple[plt.Figure, np.ndarray]:
 
 
 def states_to_score() -> tuple[plt.Figure, np.ndarray]:
-    """Draw states → CAV → derivative → score, in two dimensions on pictures of 4 × 4 patches; return figure
+    """Draw states → CAV → derivative → score, in two dimensions on images of 4 × 4 patches; return figure
     and axes.
     """
     rng = np.random.default_rng(3)
@@ -65,7 +65,7 @@ def states_to_score() -> tuple[plt.Figure, np.ndarray]:
     others = rng.normal((-1.0, -0.5), 0.7, (22, 2))
     cav = fit_cav(concept, others)
     toward = 0.1 * cav.numpy()
-    gradients = torch.from_numpy(rng.normal(toward, 1.0, (8, 16, 2)))  # of eight pictures
+    gradients = torch.from_numpy(rng.normal(toward, 1.0, (8, 16, 2)))  # of eight images
     attention = torch.from_numpy(rng.dirichlet(np.full(16, 2.0), 8))
     derivatives = attention_weighted_derivatives(gradients, attention, cav[None])
     says_yes = (derivatives.mean(1) > 0)[:, 0].tolist()
@@ -75,7 +75,7 @@ def states_to_score() -> tuple[plt.Figure, np.ndarray]:
             "states f": "of tokens: with the\nconcept ●, others ○",
             "CAV v": "the direction from\nothers to concept",
             "derivative": "(∂y/∂f) · v at each\npatch, × attention",
-            "score": f"pictures whose\nmean is > 0: {sum(says_yes)} of {len(says_yes)}",
+            "score": f"images whose\nmean is > 0: {sum(says_yes)} of {len(says_yes)}",
         }
     )
     for axis, opacity in ((axes[0], 1.0), (axes[1], 0.3)):

@@ -2,12 +2,12 @@
 Jupyter.
 """
 
-import base64
 import io
 import re
 import shutil
 import tempfile
 from collections import namedtuple
+from html import escape
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -25,14 +25,16 @@ from helpers.paths import PROJECT_ROOT
 TEMPLATES = Path(__file__).with_name("templates")
 MARK = '<meta name="generator" content="report.render">'  # a folder whose index has it may be replaced
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]  # no scripts
-PICTURES = {
+FIGURES = {
     "enabled": True,
-    "output_filename_template": "pictures/{unique_key}_{cell_index}_{index}{extension}",
+    "output_filename_template": "figures/{unique_key}_{cell_index}_{index}{extension}",
 }
-EXPORT = Config(ExtractOutputPreprocessor=PICTURES, NbConvertBase={"display_data_priority": SHOWN})
+EXPORT = Config(ExtractOutputPreprocessor=FIGURES, NbConvertBase={"display_data_priority": SHOWN})
 FRAME = {"class": "wide", "tabindex": "0", "role": "group", "aria-label": "Table"}
+SAVED = re.compile(r'figures,\s*"(\w+)",?\s*\)')  # how notebooks end a call that saves a figure or a table
 
-Page = namedtuple("Page", "name title question run_time error body sections thumbnail files")
+Page = namedtuple("Page", "name title question run_time error body sections figures files")
+Figure = namedtuple("Figure", "id cell saved images caption data")
 
 
 def render(source: Path, target: Path) -> Path:
@@ -52,8 +54,9 @@ def render(source: Path, target: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True
     )
-    environment.globals.update(collection=_collection(source), mark=MARK)
-    files = {"style.css": (TEMPLATES / "style.css").read_bytes()}
+    collection, copied = _collection(source, pages)
+    environment.globals.update(collection=collection, mark=MARK)
+    files = {"style.css": (TEMPLATES / "style.css").read_bytes(), **copied}
     files["index.html"] = environment.get_template("index.html.j2").render(pages=pages).encode()
     for page, before, after in zip(pages, [None, *pages], [*pages[1:], None], strict=False):
         html = environment.get_template("page.html.j2").render(page=page, before=before, after=after)
@@ -111,15 +114,32 @@ def _replace(target: Path, files: dict[str, bytes]) -> None:
         Path(folder, target.name).rename(target)
 
 
-def _collection(source: Path) -> dict[str, str]:
-    """Return the title of the collection and a sentence about it, from the README."""
-    readme = next(path for folder in (source, PROJECT_ROOT) if (path := folder / "README.md").exists())
-    about = _markdown(readme.read_text(encoding="utf8"))
-    return {"title": _plain(about.h1), "sentence": _first_sentence(_plain(about.p))}
+def _collection(source: Path, pages: list[Page]) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Return what the README says first, and the files that this needs: title, a sentence, a figure with its
+    caption, and, in a folder with a README of its own, the findings, which are not those of another run.
+    """
+    own = (source / "README.md").exists()
+    about = _markdown(((source if own else PROJECT_ROOT) / "README.md").read_text(encoding="utf8"))
+    files = _lead_links(about, source, source, {page.name for page in pages})
+    said = {"title": _plain(about.h1), "sentence": _first_sentence(_plain(about.p))}
+    if own and (told := about.find(string=re.compile("What comes out|In the committed run"))):
+        said["findings"] = told.find_next("ul").decode_contents()
+    if not (image := about.img):
+        return said, {}
+    *_, name, file = image["src"].split("/")
+    places = [
+        f"{name}.html#{figure.id}"
+        for page in pages
+        for figure in page.figures
+        if page.name == name and Path(file).stem in figure.saved
+    ]
+    caption = image.find_next("em")
+    said |= {"place": next(iter(places), image["src"]), "caption": caption and caption.decode_contents()}
+    said["image"] = {**image.attrs, **_size(files[image["src"]]), "alt": f"Figure: {image['alt']}"}
+    return said, {image["src"]: files[image["src"]]}
 
 
 def _page(name: str, notebook, source: Path, known: set[str]) -> Page:
-    _describe_pictures(notebook)
     exporter = _Exporter(
         config=EXPORT, template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True
     )
@@ -128,10 +148,10 @@ def _page(name: str, notebook, source: Path, known: set[str]) -> Page:
     except LatexError as error:
         raise ValueError(f"notebook {name} holds a formula that cannot be set:\n{error}") from error
     soup = _soup(html)
-    files = _lead_links(soup, name, source, known)
-    pictures = _frame(soup)
-    files |= {file: content for file, content in resources["outputs"].items() if file in pictures}
-    richest = max(pictures, key=lambda file: len(files[file]), default=None)  # the picture with most to see
+    _name_notebooks(soup, known - {name})
+    files = _lead_links(soup, source, source / "notebooks", known, ".text_cell ")
+    _frame_tables(soup)
+    figures, of_figures = _frame_figures(soup, source, name, resources["outputs"])
     opening = _markdown(next((cell.source for cell in notebook.cells if cell.cell_type == "markdown"), ""))
     texts = [_plain(paragraph) for paragraph in opening.find_all("p")] or [""]
     return Page(
@@ -142,8 +162,8 @@ def _page(name: str, notebook, source: Path, known: set[str]) -> Page:
         error=_error(notebook),
         body=str(soup),
         sections=[(heading["id"], _plain(heading)) for heading in soup.find_all("h2")],
-        thumbnail=pictures.get(richest),
-        files=files,
+        figures=figures,
+        files=files | of_figures,
     )
 
 
@@ -189,46 +209,27 @@ def _first_sentence(text: str) -> str:
     return re.split(r"(?<=[.!?:])\s+(?=[A-Z])", text, maxsplit=1)[0]
 
 
-def _describe_pictures(notebook) -> None:
-    """Give each picture of the outputs its size, and a text: the figure's name and the first sentence that
-    reads it.
-    """
-    for place, cell in enumerate(notebook.cells):
-        names = re.findall(r'save_figure\(.*?"([^"]+)"\)', cell.source)
-        pictures = [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
-        for number, output in enumerate(pictures):
-            width, height = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).size
-            name = f"Figure {names[number]}" if number < len(names) else "Figure"
-            alt = f"{name}: {_sentence_beside(notebook.cells, place)}"
-            output.metadata["image/png"] = {"alt": alt, "width": width, "height": height}
+def _name_notebooks(soup: BeautifulSoup, others: set[str]) -> None:
+    """Make a link of another notebook's name, set as code."""
+    for code in soup.select("p code, li code, td code"):
+        if code.get_text() in others and not code.find_parent("a"):
+            code.wrap(soup.new_tag("a", href=f"{code.get_text()}.ipynb"))
 
 
-def _sentence_beside(cells: list, place: int) -> str:
-    """Return the first sentence of the prose right after a cell or, where a new section begins there, before
-    it.
-    """
-    after = (cell.source for cell in cells[place:] if cell.cell_type == "markdown")
-    before = (cell.source for cell in reversed(cells[:place]) if cell.cell_type == "markdown")
-    sources = [source for source in (next(after, "#"), next(before, "")) if not source.startswith("#")]
-    paragraph = _markdown(sources[0]).p if sources else None
-    return _first_sentence(_plain(paragraph)) if paragraph else ""
-
-
-def _lead_links(soup: BeautifulSoup, name: str, source: Path, known: set[str]) -> dict[str, bytes]:
+def _lead_links(
+    soup: BeautifulSoup, source: Path, base: Path, known: set[str], within: str = ""
+) -> dict[str, bytes]:
     """Make every link of the prose lead somewhere within the edition or to the web; return the files that
     this needs.
 
-    Links to notebooks lead to their pages, links to other files below `source` to a copy. Links and pictures
-    that are not there become plain text. The name of another notebook, set as code, becomes a link.
+    Links to notebooks lead to their pages, links from the folder `base` to other files below `source` to a
+    copy. Links and images that are not there become plain text.
     """
     files = {}
-    for code in soup.select("p code, li code, td code"):
-        if code.get_text() in known - {name} and not code.find_parent("a"):
-            code.wrap(soup.new_tag("a", href=f"{code.get_text()}.ipynb"))
-    for tag in soup.select(".text_cell :is(a[href], img[src])"):
+    for tag in soup.select(f"{within}:is(a[href], img[src])"):
         attribute = "href" if tag.name == "a" else "src"
         link = urlsplit(tag[attribute])
-        path = (source / "notebooks" / unquote(link.path)).resolve()
+        path = (base / unquote(link.path)).resolve()
         if link.scheme == "data" or tag.name == "a" and (link.scheme or not link.path):
             continue
         if path.parent == source / "notebooks" and path.suffix == ".ipynb" and path.stem in known:
@@ -243,10 +244,8 @@ def _lead_links(soup: BeautifulSoup, name: str, source: Path, known: set[str]) -
     return files
 
 
-def _frame(soup: BeautifulSoup) -> dict[str, dict]:
-    """Let wide things scroll in frames of their own, pictures lead to their full size; return the pictures by
-    file.
-    """
+def _frame_tables(soup: BeautifulSoup) -> None:
+    """Let tables scroll in frames of their own."""
     for tag in soup.select("script, style[scoped]"):
         tag.extract()  # `scoped` is what pandas says of every table; the style sheet says it once
     for table in soup.find_all("table"):
@@ -254,7 +253,54 @@ def _frame(soup: BeautifulSoup) -> dict[str, dict]:
         table.wrap(soup.new_tag("div", attrs=FRAME))
     for anchor in soup.select("a.anchor-link"):
         anchor["aria-label"] = "Link to this section"
-    images = soup.select(".output_area img")
-    for image in images:
-        image.wrap(soup.new_tag("a", href=image["src"])).wrap(soup.new_tag("figure"))
-    return {image["src"]: image.attrs for image in images if image["src"].startswith("pictures/")}
+
+
+def _frame_figures(
+    soup: BeautifulSoup, source: Path, name: str, outputs: dict[str, bytes]
+) -> tuple[list[Figure], dict[str, bytes]]:
+    """Give each figure an anchor, its caption and a text; return the figures, and the files of them and their
+    data.
+
+    The caption is the paragraph that begins with the figure's number, in the cell after it. Its data are the
+    tables that are saved in its section of the notebook, and the headline numbers.
+    """
+    for cell in soup.select(".celltag_parameters"):
+        cell["id"] = "parameters"
+    cells = [cell for cell in soup.select(".code_cell") if cell.select(".input")]
+    saved = [SAVED.findall(cell.select_one(".input").get_text()) for cell in cells]
+    sections = [cell.find_previous("h2") for cell in cells]
+    figures, files = [], {}
+    for cell, names, section in zip(cells, saved, sections, strict=True):
+        near = [one for there, more in zip(sections, saved, strict=True) if there is section for one in more]
+        paths = [
+            source / "figures" / name / file for file in (*(f"{one}.csv" for one in near), "results.json")
+        ]
+        data = {f"files/figures/{name}/{path.name}": path for path in paths if path.is_file()}
+        if not (images := cell.select(".output_area img")):
+            continue
+        frame = images[0].wrap(soup.new_tag("figure"))
+        frame.extend(image.extract() for image in images[1:])  # several that one cell draws are one figure
+        prose = cell.find_next_sibling(class_="text_cell")
+        caption = prose.p if prose and prose.p else soup.new_tag("p")
+        numbered = re.match(r"Figure (\d+\.\d+)\. (.*)", _plain(caption))
+        number, text = numbered.groups() if numbered else ("", _plain(caption))
+        frame["id"] = f"figure-{number or len(figures) + 1}"
+        for image in images:
+            image.wrap(soup.new_tag("a", href=image["src"]))
+            image["alt"] = f"Figure {number}".strip() + f": {_first_sentence(text)}"
+            if content := outputs.get(image["src"]):
+                files[image["src"]] = content
+                image.attrs |= _size(content)
+        said = re.sub(r"</?a\b[^>]*>", "", caption.decode_contents()) if numbered else escape(text)
+        shown = [dict(image.attrs) for image in images]
+        figures.append(Figure(frame["id"], cell["id"], names, shown, said, list(data)))
+        files |= {file: path.read_bytes() for file, path in data.items()}
+        if numbered:
+            caption.name = "figcaption"
+            frame.append(caption.extract())
+    return figures, files
+
+
+def _size(image: bytes) -> dict[str, str]:
+    width, height = Image.open(io.BytesIO(image)).size
+    return {"width": str(width), "height": str(height)}

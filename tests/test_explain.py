@@ -1,6 +1,7 @@
 """One call explains by name, the class and its rival are what the logits say, a form explains at once."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,16 +9,15 @@ import ipywidgets
 import pytest
 import torch
 from conftest import SENTENCES
-from IPython import display
 from PIL import Image
 
 from helpers.attention import read_attention
-from helpers.explain import BEST, METHODS, coloured_words, decide, explain, gather_pictures
+from helpers.explain import BEST, METHODS, decide, explain, gather_images, show_form
 from helpers.images import patch_players
 from helpers.paths import PROJECT_ROOT
 from helpers.relevance import gradient_times_input
 from helpers.shapley import best_attention_game, shapley_attributions
-from helpers.text import encode, token_players, word_groups
+from helpers.text import encode, token_players
 from workflow.parameters import NOTEBOOKS, RANGES
 
 
@@ -74,17 +74,17 @@ def test_class_and_rival_are_the_two_most_probable_unless_another_is_named(model
         decide(model, inputs, "neutrl")
 
 
-def test_pictures_of_files_and_folders(tmp_path):
+def test_images_of_files_and_folders(tmp_path):
     (tmp_path / "folder").mkdir()
     for number, name in enumerate(("one.png", "folder/two.png", "folder/three.jpg")):
         Image.new("RGB", (8 + number, 8), "red").save(tmp_path / name)
     places = [f"{tmp_path}/one.png", f"{tmp_path}/folder/"]
-    found = gather_pictures(places, 9)
+    found = gather_images(places, 9)
     assert [image.width for image in found.values()] == [8, 10, 9]  # a folder's by name
     assert list(found) == [f"{tmp_path}/{name}" for name in ("one.png", "folder/three.jpg", "folder/two.png")]
-    assert len(gather_pictures(places, 2)) == 2 and gather_pictures([], 2) == {}
-    with pytest.raises(FileNotFoundError, match="picture 'nowhere.png' does not exist"):
-        gather_pictures(["nowhere.png"], 9)
+    assert len(gather_images(places, 2)) == 2 and gather_images([], 2) == {}
+    with pytest.raises(FileNotFoundError, match="image 'nowhere.png' does not exist"):
+        gather_images(["nowhere.png"], 9)
 
 
 # The form of the quick start
@@ -92,9 +92,9 @@ def test_pictures_of_files_and_folders(tmp_path):
 
 @pytest.fixture
 def form(model, tokenizer, monkeypatch):
-    """The notebook's cell, run as in JupyterLab: (function, its controls)."""
+    """What the notebook's cell shows in JupyterLab: (function, its controls)."""
     cells = json.loads((NOTEBOOKS / "00_quickstart.ipynb").read_text(encoding="utf8"))["cells"]
-    [source] = ["".join(cell["source"]) for cell in cells if "def as_you_type" in "".join(cell["source"])]
+    [source] = ["".join(cell["source"]) for cell in cells if "    show_form(" in "".join(cell["source"])]
     shown = []
 
     def interact(function, **controls):
@@ -102,16 +102,8 @@ def form(model, tokenizer, monkeypatch):
         shown.append((function, controls))
 
     monkeypatch.setattr(ipywidgets, "interact", interact)
-    names = {
-        "ipywidgets": ipywidgets,
-        "coloured_words": coloured_words,
-        "METHODS": METHODS,
-        "decide": decide,
-        "explain": explain,
-    }
-    names |= {"encode": encode, "token_players": token_players, "word_groups": word_groups}
-    names |= {"model": model, "tokenizer": tokenizer, "texts": SENTENCES, "labels": model.config.id2label}
-    names |= {"os": __import__("os"), "HTML": display.HTML, "display": lambda html: print(html.data)}
+    monkeypatch.setattr("helpers.explain.display", lambda html: print(html.data))
+    names = {"show_form": show_form, "model": model, "tokenizer": tokenizer, "texts": SENTENCES, "os": os}
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     exec(source, dict(names))
     assert not shown, "the form is in the way where there is no front end"
@@ -123,10 +115,10 @@ def form(model, tokenizer, monkeypatch):
 
 def test_form_explains_what_is_typed_for_every_class_and_method(form, capsys):
     show, controls = form
-    assert controls["text"] == SENTENCES[0] and {"", "runner-up", "neutral"} <= set(
-        controls["explained"].values()
-    )
-    for method in controls["by"]:
+    assert controls["text"].value == SENTENCES[0]
+    assert {"predicted", "runner-up", "neutral"} <= set(controls["wanted"].options)
+    assert (controls["wanted"].value, controls["method"].value) == ("", BEST)
+    for method in controls["method"].options:
         show("an unbelievably <b>clever</b> film", "neutral", method)
         said = capsys.readouterr().out
         assert said.startswith("neutral: probability 0.") and said.count("<span") == 11
@@ -134,10 +126,10 @@ def test_form_explains_what_is_typed_for_every_class_and_method(form, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "explained", "said"), [("", "", "no token"), ("a film", "bad", "'bad' is none")]
+    ("text", "wanted", "said"), [("", "", "no token"), ("a film", "bad", "'bad' is none")]
 )
-def test_form_says_in_one_line_what_is_wrong(form, capsys, text, explained, said):
-    form[0](text, explained, BEST)
+def test_form_says_in_one_line_what_is_wrong(form, capsys, text, wanted, said):
+    form[0](text, wanted, BEST)
     out = capsys.readouterr().out
     assert said in out and out.count("\n") == 1
 

@@ -61,7 +61,7 @@ def check_quickstart(results):
     concept = results["concept"]
     assert 0 <= concept["low"] <= concept["high"] <= 1 and all(0 <= share <= 1 for share in concept.values())
     assert all(0.5 < p <= 1 for p in results["probability"])  # of two classes, the predicted one
-    for cost in (results["text"], results["picture"]):
+    for cost in (results["text"], results["image"]):
         assert (cost["forward passes"], cost["backward passes"]) == (2, 1) and cost["milliseconds"] > 0
 
 
@@ -135,7 +135,7 @@ def check_comparisons(results):
     verdict = results["verdict"]
     assert verdict["Integrated gradients"]["comp, text"] > verdict["First tokens"]["comp, text"]
     assert all(-1 <= line["comp, text"] <= 1 for line in verdict.values() if line["comp, text"] is not None)
-    assert set(results["not_told_from_the_best"]) == {*results["sets"], "pictures"}
+    assert set(results["not_told_from_the_best"]) == {*results["sets"], "images"}
     assert all(set(front) <= set(verdict) and front for front in results["pareto"].values())
     assert len(results["findings"]) == 3
 

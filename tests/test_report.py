@@ -1,5 +1,5 @@
-"""The reading edition: links and pictures are there, no network is needed, formulas are MathML, code can be
-hidden.
+"""The reading edition: links and figures are there, no network is needed, formulas are MathML, code can be
+hidden and found.
 """
 
 import base64
@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 from bs4 import BeautifulSoup
+from nbconvert.filters.markdown_mistune import markdown2html_mistune
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
@@ -29,18 +30,24 @@ PROBE = """<script>addEventListener("load", () => {
     page: location.pathname.split("/").pop(),
     overflow: document.documentElement.scrollWidth - innerWidth,
     width: innerWidth,
-    pictures: document.images.length,
+    figures: document.images.length,
     missing: [...document.images].filter(image => !image.naturalWidth).map(image => image.src),
     squeezed: [...document.querySelectorAll("figure img")]
       .filter(image => image.width < Math.min(image.naturalWidth, 600)).length,
+    ids: [...document.querySelectorAll("[id]")]
+      .filter(tag => tag.getBoundingClientRect().width).map(tag => tag.id),
+    links: [...document.querySelectorAll(".index a")].map(link => link.href),
     formulas: document.querySelectorAll("math").length,
     flat: [...document.querySelectorAll("math")]
       .filter(formula => !formula.getBoundingClientRect().width).length,
     loaded: performance.getEntriesByType("resource").map(entry => entry.name),
     code: inputs(),
   };
+  const first = document.querySelector(".input pre")?.textContent.split("\\n")[0];
   document.getElementById("hide-code")?.click();
   seen.hidden = inputs();
+  seen.found = Boolean(first) && find(first);
+  if (seen.code && !seen.hidden) document.getElementById("hide-code").click();
   seen.prose = document.querySelectorAll(".text_cell").length;
   parent.postMessage(seen, "*");
 });</script>"""
@@ -52,6 +59,14 @@ addEventListener("message",
 
 def parse(path):
     return BeautifulSoup(path.read_text(encoding="utf8"), "html.parser")
+
+
+def parse_markdown(text):
+    return BeautifulSoup(markdown2html_mistune(text), "html.parser")
+
+
+def words(tag):
+    return " ".join(tag.get_text().rstrip("¶").split())
 
 
 def picture(width=40, height=20):
@@ -121,22 +136,58 @@ def test_nothing_is_loaded_from_a_network(edition, pages):
             assert "http" not in text and "import" not in text and "url(" not in text
 
 
-def test_index_shows_each_notebook_with_picture_question_and_run_time(edition, pages):
-    cards = pages["index.html"].find_all("article")
-    assert [card.h2.a["href"] for card in cards] == [f"{name}.html" for name in notebook_names()]
-    for card, name in zip(cards, notebook_names(), strict=True):
-        opening = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells[0].source
-        assert card.h2.get_text() == opening.splitlines()[0].removeprefix("# ")
-        question, time = card.find_all("p")
-        assert question.get_text().endswith("?") and not question.get_text().startswith("Question")
-        assert time.get_text().startswith("Run time: about") and time.get_text().endswith(".")
-        with Image.open(edition / card.img["src"]) as thumbnail:
-            assert card.img["src"].startswith(f"pictures/{name}") and thumbnail.width > 300
-    readme = (PROJECT_ROOT / "README.md").read_text().splitlines()[0]
+def test_front_page_begins_with_what_the_readme_says_first(edition, pages):
+    index = pages["index.html"]
+    about = parse_markdown((PROJECT_ROOT / "README.md").read_text(encoding="utf8"))
+    assert words(index.title) == words(index.h1) == words(about.h1)
     assert (
-        pages["index.html"].title.get_text() == pages["index.html"].h1.get_text() == readme.removeprefix("# ")
+        words(about.p).startswith(words(index.select_one(".lead")))
+        and index.select_one(".lead").get_text()[-1] in ".?"
     )
-    assert pages["index.html"].select_one(".lead").get_text().endswith(".")
+    findings = (
+        about.find(string=re.compile("What comes out|In the committed run")).find_next("ul").find_all("li")
+    )
+    assert len(findings) == 3
+    assert [words(said) for said in index.select(".glance li")] == [words(finding) for finding in findings]
+    [figure] = index.select(".glance figure")
+    source = about.img["src"]
+    assert (edition / figure.img["src"]).read_bytes() == (PROJECT_ROOT / source).read_bytes()
+    assert figure.a["href"].startswith(f"{source.split('/')[1]}.html#figure-")
+    assert about.img["alt"] in figure.img["alt"] and len(words(figure.figcaption)) > 20
+
+
+def test_front_page_leads_to_each_notebook_with_its_question_and_run_time(pages):
+    index = pages["index.html"]
+    lines = index.select(".notebooks li")
+    assert index.select_one("h2 + p a")["href"] == lines[0].a["href"] == f"{notebook_names()[0]}.html"
+    assert [line.a["href"] for line in lines] == [f"{name}.html" for name in notebook_names()]
+    for line, name in zip(lines, notebook_names(), strict=True):
+        opening = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells[0].source
+        assert line.a.get_text() == opening.splitlines()[0].removeprefix("# ")
+        question, time = line.span.get_text(), line.small.get_text()
+        assert question.endswith("?") and not question.startswith("Question")
+        assert time.startswith("Run time: about") and time.endswith(".")
+
+
+def test_gallery_has_every_figure_with_its_cell_parameters_and_data(edition, pages):
+    galleries = pages["index.html"].select(".gallery")
+    assert len(galleries) == len(notebook_names())
+    for gallery, name in zip(galleries, notebook_names(), strict=True):
+        page, figures = pages[f"{name}.html"], gallery.find_all("article")
+        assert [f"{name}.html#{figure['id']}" for figure in page.find_all("figure")] == [
+            figure.a["href"] for figure in figures
+        ]
+        for figure in figures:
+            cell, parameters, *data = [link["href"] for link in figure.select(".sources a")]
+            cell = page.find(id=cell.partition("#")[2])
+            assert cell.find("figure", id=figure.a["href"].partition("#")[2])
+            assert "figures_dir" in page.find(id=parameters.partition("#")[2]).get_text()
+            assert data and all(file.startswith(f"files/figures/{name}/") for file in data)
+            assert f"files/figures/{name}/results.json" in data
+            for file in data:
+                assert (edition / file).read_bytes() == (
+                    PROJECT_ROOT / file.removeprefix("files/")
+                ).read_bytes()
 
 
 def test_pages_lead_to_their_neighbours_and_sections(pages):
@@ -176,7 +227,7 @@ def test_pages_are_accessible(pages):
         assert all(deeper - level <= 1 for level, deeper in zip(levels, levels[1:], strict=False))
         for image in page.find_all("img"):
             assert (
-                re.match(r"Figure( \w+)?: \S.{15,}", image["alt"], re.DOTALL)
+                re.match(r"Figure( \d\.\d+)?: \S.{15,}", image["alt"], re.DOTALL)
                 and image["width"]
                 and image["height"]
             )
@@ -184,10 +235,7 @@ def test_pages_are_accessible(pages):
             assert "wide" in table.parent["class"] and table.parent["tabindex"] == "0"
 
 
-def test_code_can_be_hidden_without_prose_and_outputs(edition, pages):
-    style = (edition / "style.css").read_text()
-    [rule] = re.findall(r"body:has\(#(\S+):checked\) (\S+) \{ display: none; \}", style)
-    assert rule == ("hide-code", ".input")
+def test_code_can_be_hidden_without_prose_and_outputs(pages):
     for name in notebook_names():
         page = pages[f"{name}.html"]
         [control] = page.select("label input[type=checkbox]#hide-code")
@@ -197,7 +245,7 @@ def test_code_can_be_hidden_without_prose_and_outputs(edition, pages):
 
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium here")
-def test_pages_work_in_a_browser_on_a_narrow_screen_with_the_network_closed(edition, pages, tmp_path):
+def test_pages_work_in_a_browser_on_narrow_and_wide_screens_with_the_network_closed(edition, pages, tmp_path):
     folder = shutil.copytree(edition, tmp_path / "edition")
     names = sorted(path.name for path in folder.glob("*.html"))
     for name in names:
@@ -206,7 +254,9 @@ def test_pages_work_in_a_browser_on_a_narrow_screen_with_the_network_closed(edit
             page.read_text(encoding="utf8").replace("</body>", f"{PROBE}</body>"), encoding="utf8"
         )
     frames = [
-        f'<iframe src="{name}" style="width: 390px; height: 800px; border: 0"></iframe>' for name in names
+        f'<iframe src="{name}" style="width: {width}px; height: 800px; border: 0"></iframe>'
+        for name in names
+        for width in (390, 1200)
     ]
     (folder / "frames.html").write_text(FRAMES + "".join(frames), encoding="utf8")
     command = [
@@ -227,14 +277,24 @@ def test_pages_work_in_a_browser_on_a_narrow_screen_with_the_network_closed(edit
     ]
     dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     seen = [json.loads(line) for line in BeautifulSoup(dumped, "html.parser").pre.get_text().splitlines()]
-    assert sorted(page["page"] for page in seen) == names
+    assert sorted((page["page"], page["width"]) for page in seen) == [
+        (name, width) for name in names for width in (390, 1200)
+    ]
+    visible = {page["page"]: set(page["ids"]) for page in seen}
     for page in seen:
-        assert page["width"] == 390 and page["overflow"] <= 0, page
-        assert page["pictures"] and not page["missing"], page
+        assert page["overflow"] <= 0, page
+        assert page["figures"] and not page["missing"], page
         assert all(loaded.startswith("file:") for loaded in page["loaded"]), page
-        if page["page"] != "index.html":
+        if page["page"] == "index.html":
+            links = [urlsplit(link) for link in page["links"]]
+            places = [(link.path.split("/")[-1], link.fragment) for link in links if link.fragment]
+            assert len(places) > 2 * len(names) and all(place in visible[name] for name, place in places), (
+                page
+            )
+        else:
             assert page["formulas"] == len(pages[page["page"]].find_all("math")) and page["flat"] == 0, page
-            assert page["code"] > 10 and page["hidden"] == 0 and page["prose"] > 10, page
+            assert page["code"] > (5 if page["page"].startswith("00") else 10) and page["prose"] > 5, page
+            assert page["hidden"] == 0 and page["found"], page  # what is hidden, too
             assert page["squeezed"] == 0, page  # figures scroll
 
 
@@ -274,28 +334,61 @@ def test_links_lead_into_the_edition_or_become_text(tmp_path):
     assert not list(target.rglob("*secret*"))
 
 
-def test_pictures_are_files_at_full_size_and_the_richest_is_the_thumbnail(tmp_path):
+def test_figures_have_anchors_captions_and_the_tables_of_their_section(tmp_path):
+    caption = "**Figure 1.1.** What *it* is: bars, [see](#Next-part). And more."
     cells = [
-        executed('save_figure(f, figures, "small")', [picture(40, 20)]),
-        new_markdown_cell("Read as falling. And more."),
-        executed('save_figure(f, figures, "large")', [picture(300, 200)], count=2),
+        new_code_cell("n = 1", execution_count=1, metadata={"tags": ["parameters"]}),
+        executed('save_table(t.groupby("set").sum(), figures, "early")', count=2),
+        new_markdown_cell("## First part"),
+        executed('save_figure(f, figures, "small")', [picture(40, 20)], count=3),
+        new_markdown_cell(f"{caption}\n\nRead as falling."),
+        executed('save_table(t, figures, "late")\nsave_table(t, figures, "lost")', count=4),
         new_markdown_cell("## Next part\n\nAbout something else."),
+        executed("show()", [picture(300, 200), picture(30, 20)], count=5),
+        new_markdown_cell("Told <here>. Not there."),
     ]
-    target = render(write(tmp_path, _01_first=cells), tmp_path / "edition").parent
-    small, large = parse(target / "01_first.html").select("figure > a > img")
-    assert (
-        small["alt"] == "Figure small: Read as falling." and large["alt"] == "Figure large: Read as falling."
+    source = write(tmp_path, _01_first=cells)
+    for name in ("early.csv", "late.csv", "results.json"):
+        (source / "figures/01_first").mkdir(parents=True, exist_ok=True)
+        (source / "figures/01_first" / name).write_text(name)
+    target = render(source, tmp_path / "edition").parent
+    page, index = parse(target / "01_first.html"), parse(target / "index.html")
+    small, large = page.find_all("figure")
+    assert (small["id"], large["id"]) == ("figure-1.1", "figure-2")
+    assert small.img["alt"] == "Figure 1.1: What it is: bars, see." and large.img["alt"] == "Figure: Told ."
+    assert (small.img["width"], small.img["height"], large.img["width"]) == ("40", "20", "300")
+    assert small.a["href"] == small.img["src"] != large.img["src"]
+    assert Image.open(target / large.img["src"]).size == (300, 200)
+    assert [image["width"] for image in large.find_all("img")] == ["300", "30"]
+    assert words(small.figcaption) == "Figure 1.1. What it is: bars, see. And more."
+    assert not large.figcaption and page.main.get_text().count("What it is") == 1
+    assert page.find(id="parameters").pre.get_text().strip() == "n = 1"
+    first, second = index.find_all("article")
+    assert words(first.p) == words(small.figcaption) and not first.p.a and first.p.em
+    assert [len(card.find_all("img")) for card in (first, second)] == [1, 2]
+    hrefs = [[link["href"].split("/")[-1] for link in card.find_all("a")] for card in (first, second)]
+    cells = [f"01_first.html#{figure.find_parent(class_='cell')['id']}" for figure in (small, large)]
+    parameters = "01_first.html#parameters"
+    assert hrefs[0] == ["01_first.html#figure-1.1", cells[0], parameters, "late.csv", "results.json"]
+    assert hrefs[1] == ["01_first.html#figure-2", cells[1], parameters, "results.json"]
+    assert (target / "files/figures/01_first/late.csv").read_text() == "late.csv"
+
+
+def test_findings_are_those_of_the_project_and_not_of_another_run(tmp_path):
+    source = write(tmp_path, _01_first=[], _02_other=[])
+    index = render(source, tmp_path / "edition")
+    assert parse(index).h1.get_text() and not parse(index).select(".glance :is(li, figure)")
+    (source / "figures/01_first").mkdir(parents=True)
+    Image.new("RGB", (9, 5)).save(source / "figures/01_first/words.png")
+    (source / "README.md").write_text(
+        "# Title\n\nOne sentence. Another.\n\n![It](figures/01_first/words.png)\n\n*Red.*\n\n- not this\n\n"
+        "## What comes out\n\nIn short:\n\n- *One*\n- [two](notebooks/02_other.ipynb)\n\n- three\n"
     )
-    assert (small["width"], small["height"], large["width"]) == ("40", "20", "300")
-    assert small.parent["href"] == small["src"] != large["src"]
-    with Image.open(target / large["src"]) as shown:
-        assert shown.size == (300, 200)
-    index = parse(target / "index.html")
-    assert index.article.img["src"] == large["src"]
-    assert [p.get_text() for p in index.article.find_all("p")] == [
-        "Why this?",
-        "Run time: about 1.5 minutes.",
-    ]
+    glance = parse(render(source, tmp_path / "edition")).select_one(".glance")
+    assert [words(item) for item in glance.find_all("li")] == ["One", "two", "three"]
+    assert glance.li.em and glance.select_one("li a")["href"] == "02_other.html"
+    assert glance.img["src"] == glance.a["href"] == "files/figures/01_first/words.png"
+    assert glance.img["width"] == "9" and words(glance.figcaption) == "Red."
 
 
 def test_formulas_and_scripts(tmp_path):
@@ -323,8 +416,8 @@ def test_two_renders_give_the_same_bytes(tmp_path):
     source = write(tmp_path, _01_first=cells, _02_other=cells[:1])
     first = contents(render(source, tmp_path / "one").parent)
     assert first == contents(render(source, tmp_path / "two").parent)
-    pictures = {"pictures/01_first_2_0.png", "pictures/01_first_2_1.png"}
-    assert set(first) == {"index.html", "style.css", "01_first.html", "02_other.html"} | pictures
+    figures = {"figures/01_first_2_0.png", "figures/01_first_2_1.png"}
+    assert set(first) == {"index.html", "style.css", "01_first.html", "02_other.html"} | figures
 
 
 def test_an_earlier_edition_is_replaced_with_its_stale_pages_and_nothing_else_is_left(tmp_path):
@@ -377,7 +470,7 @@ def test_a_notebook_that_stopped_is_shown_as_far_as_it_came(tmp_path):
         tmp_path, _01_first=[note, executed("x", [error]), new_code_cell("never ran")], _02_other=[]
     )
     target = render(source, tmp_path / "edition").parent
-    for page in (parse(target / "01_first.html"), parse(target / "index.html").article):
+    for page in (parse(target / "01_first.html"), parse(target / "index.html").select_one(".notebooks li")):
         assert "ValueError: no <such> model" in page.select_one("p.error").get_text()
     assert "An Exception" not in (target / "01_first.html").read_text()
     assert not parse(target / "02_other.html").select(".error")

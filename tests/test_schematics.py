@@ -46,7 +46,7 @@ def test_values_are_the_shapley_values_of_the_matrix_that_is_drawn():
     plt.close(figure)
 
 
-def test_score_is_the_share_of_pictures_with_a_plus():
+def test_score_is_the_share_of_images_with_a_plus():
     figure, axes = schematics.states_to_score()
     signs = [text.get_text() for text in axes[3].texts]
     score = signs.pop()
