@@ -1,4 +1,4 @@
-"""The outputs of every transformer block for many inputs, each encoded once and kept in a cache."""
+"""The outputs of every transformer layer for many inputs, each encoded once and kept in a cache."""
 
 import hashlib
 import json
@@ -26,12 +26,12 @@ CHECKSUMS = "checksums.json"  # of the layers, in order
 
 @dataclass(frozen=True)
 class Activations:
-    """What the blocks of one model say about a set of inputs, one row a token.
+    """What the layers of one model say about a set of inputs, one row per token.
 
     layers     {layer: (rows, hidden)} float32, read-only maps of the cache files
     offsets    (inputs + 1,) input i owns the rows offsets[i] to offsets[i + 1]: all its tokens but the
                padding
-    model_id   the model's name; model_key stands for its content, n_layers is its number of blocks
+    model_id   the model's name; model_key stands for its content, n_layers is its number of layers
     """
 
     layers: dict[int, np.ndarray]
@@ -58,10 +58,10 @@ def select_images(source: Activations, images) -> Activations:
 
 
 def token_activations(model, inputs) -> dict[int, torch.Tensor]:
-    """Return {layer: (batch, tokens, hidden)}, the outputs of every block, before the final layer norm.
+    """Return {layer: (batch, tokens, hidden)}, the outputs of every layer, before the final layer norm.
 
     `inputs` is a dict with pixel_values, or with input_ids and attention_mask. Raises ValueError for a model
-    whose blocks cannot be found, or that changes the number of tokens on the way.
+    whose layers cannot be found, or that changes the number of tokens on the way.
     """
     with torch.no_grad(), block_outputs(model) as outputs:
         model(**inputs)
@@ -70,9 +70,9 @@ def token_activations(model, inputs) -> dict[int, torch.Tensor]:
 
 @contextmanager
 def block_outputs(model, differentiable: bool = False):
-    """Yield a list that the enclosed forward pass fills with the output of every block.
+    """Yield a list that the enclosed forward pass fills with the output of every layer.
 
-    With `differentiable`, autograd starts at the first block's output, so that frozen weights cost no
+    With `differentiable`, autograd starts at the first layer's output, so that frozen weights cost no
     gradient.
     """
     outputs = []
@@ -95,7 +95,7 @@ def check_outputs(model, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
     if len(outputs) != expected or outputs[0].ndim != 3 or len({output.shape for output in outputs}) > 1:
         shape = f"{expected} outputs of one shape (batch, tokens, width)"
         raise ValueError(
-            f"the blocks of {type(model).__name__} do not give {shape}; use a BERT or ViT classifier"
+            f"the layers of {type(model).__name__} do not give {shape}; use a BERT or ViT classifier"
         )
     return outputs
 
@@ -112,7 +112,7 @@ def collect_activations(
 
     inputs  as for `token_activations`, with any number of rows; batches of `batch_size` go through the model
 
-    The cache holds one NumPy file a layer, in a folder that is keyed by the content of the model and of the
+    The cache holds one NumPy file per layer, in a folder that is keyed by the content of the model and of the
     inputs and by the precision, and moved into place when complete; of two processes one encodes. A damaged
     one is rebuilt, with a warning. Raises ValueError for layers that the model does not have.
     """
@@ -176,7 +176,7 @@ def input_range(inputs) -> range:
 
 
 def _encode(model, inputs, folder: Path, batch_size: int, progress: bool) -> None:
-    """Write the outputs of all blocks, batch by batch, and a checksum of each, then move them to `folder`."""
+    """Write the outputs of all layers, batch by batch, and a checksum of each, then move them to `folder`."""
     mask = inputs.get("attention_mask")
 
     def encode(places):

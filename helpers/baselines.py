@@ -28,7 +28,7 @@ GRADIENT_TOKENS = (
 def attention_row_sum(maps: AttentionMaps) -> torch.Tensor:
     """Return each token's attention row, summed, mean over layers and heads: 1, by the softmax.
 
-    The paper's "Att" row. It is constant, so any ranking made from it is an order of ties (in half precision,
+    The paper's "Att". It is constant, so any ranking made from it is an order of ties (in half precision,
     of rounding).
     """
     return maps.weights.sum(-1).mean((1, 2))

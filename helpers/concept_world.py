@@ -16,9 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 SIZE = 64  # pixels a side by default, and the length that all others are given in
-BLOCK = (
-    64  # images drawn at once; one generator a block, so that image i does not depend on how many are drawn
-)
+BATCH = 64  # images drawn at once, by one generator: image i does not depend on how many are drawn
 CLASSES = (
     "zebra",
     "horse",
@@ -108,9 +106,9 @@ def draw_scenes(n_images, seed=0, labels=None, decoys=0.0, size=SIZE):
     labels = np.arange(n_images) % len(CLASSES) if labels is None else _label_indices(labels, n_images)
     images = np.empty((n_images, size, size, 3), np.uint8)
     object_masks, concept_masks = np.empty((2, n_images, size, size), bool)
-    for block, rng in _blocks(n_images, seed, stream=0):
-        painted = _paint_scenes(rng, labels[block], decoys, size)
-        images[block], object_masks[block], concept_masks[block] = painted
+    for batch, rng in _batches(n_images, seed, stream=0):
+        painted = _paint_scenes(rng, labels[batch], decoys, size)
+        images[batch], object_masks[batch], concept_masks[batch] = painted
     return Scenes(images, labels, object_masks, concept_masks)
 
 
@@ -141,28 +139,28 @@ def draw_concept_images(concept, n_images, seed=0, size=SIZE):
     concepts = (*CONCEPTS, *COLOURED_TEXTURES)
     *colour, kind = _known(concept, concepts, "concept").split()
     images = np.empty((n_images, size, size, 3), np.uint8)
-    for block, rng in _blocks(n_images, seed, stream=1 + concepts.index(concept)):
-        images[block] = _to_bytes(_paint_concept(rng, size, kind, *colour))[: block.stop - block.start]
+    for batch, rng in _batches(n_images, seed, stream=1 + concepts.index(concept)):
+        images[batch] = _to_bytes(_paint_concept(rng, size, kind, *colour))[: batch.stop - batch.start]
     return images
 
 
-# Painting. Functions that take a generator draw for a whole block, however many images of it are wanted.
+# Painting. Functions that take a generator draw for a whole batch, however many images of it are wanted.
 
 
 def _paint_scenes(rng, labels, decoys, size):
     """Images (k, size, size, 3) uint8, object masks and concept masks (k, size, size) for the first k scenes
-    of a block.
+    of a batch.
     """
     k = len(labels)
     shapes, has_concept = labels // 2, labels % 2 == 0
     body, coat, detail = _place_silhouettes(size, shapes, *_draw_pose(rng)[:, :k])
 
-    foreign = (shapes + rng.integers(1, 3, BLOCK)[:k]) % 3
-    kinds = np.where(has_concept, shapes, np.where(rng.random(BLOCK)[:k] < decoys, foreign, PLAIN))
+    foreign = (shapes + rng.integers(1, 3, BATCH)[:k]) % 3
+    kinds = np.where(has_concept, shapes, np.where(rng.random(BATCH)[:k] < decoys, foreign, PLAIN))
     texture = _draw_textures(rng, np.where(shapes == 2, PLAIN, kinds), size)
     ground, figure = (colour[:k] for colour in _draw_contrast(rng))
     red, other = _draw_vivid(rng, *HUES["red"])[:k], _draw_vivid(rng, 0.12, 0.88)[:k]
-    dark = _hsv(rng.random(BLOCK), rng.uniform(0, 0.5, BLOCK), rng.uniform(0, 0.12, BLOCK))[:k]
+    dark = _hsv(rng.random(BATCH), rng.uniform(0, 0.5, BATCH), rng.uniform(0, 0.12, BATCH))[:k]
 
     shapes, has_concept = shapes[:, None, None, None], has_concept[:, None, None, None]
     paint = _blend(np.where(shapes == 2, np.where(has_concept, red, other), ground), figure, texture)
@@ -172,19 +170,19 @@ def _paint_scenes(rng, labels, decoys, size):
 
 
 def _paint_concept(rng, size, kind, colour=None):
-    """Full-frame images (block, 3, size, size) in [0, 1] of a colour, or of a texture on a colour if one is
+    """Full-frame images (batch, 3, size, size) in [0, 1] of a colour, or of a texture on a colour if one is
     named.
     """
     if kind in HUES:
-        return np.broadcast_to(_draw_vivid(rng, *HUES[kind]), (BLOCK, 3, size, size))
+        return np.broadcast_to(_draw_vivid(rng, *HUES[kind]), (BATCH, 3, size, size))
     ground, figure = _draw_contrast(rng)
     if kind == "random":
-        patch = _blend(ground, figure, _draw_textures(rng, rng.integers(0, PLAIN + 1, BLOCK), size))
-        blob = np.clip(6 * (_noise(rng, size) + rng.uniform(-1, 1, (BLOCK, 1, 1))), 0, 1)
+        patch = _blend(ground, figure, _draw_textures(rng, rng.integers(0, PLAIN + 1, BATCH), size))
+        blob = np.clip(6 * (_noise(rng, size) + rng.uniform(-1, 1, (BATCH, 1, 1))), 0, 1)
         return _blend(_draw_background(rng, size), patch, blob)
     if colour is not None:
         ground = _draw_vivid(rng, *HUES[colour])
-    return _blend(ground, figure, _draw_textures(rng, np.full(BLOCK, TEXTURES.index(kind)), size))
+    return _blend(ground, figure, _draw_textures(rng, np.full(BATCH, TEXTURES.index(kind)), size))
 
 
 def _draw_textures(rng, kinds, size):
@@ -194,9 +192,9 @@ def _draw_textures(rng, kinds, size):
     Period (5 to 9 64ths of the frame), angle and phase are drawn an image. PLAIN is 0 everywhere.
     """
     period, angle = (
-        rng.uniform((5, 0), (9, np.pi), (BLOCK, 2)).astype(np.float32)[: len(kinds)].T[..., None, None]
+        rng.uniform((5, 0), (9, np.pi), (BATCH, 2)).astype(np.float32)[: len(kinds)].T[..., None, None]
     )
-    phase = rng.random((BLOCK, 2), np.float32)[: len(kinds)].T[..., None, None]
+    phase = rng.random((BATCH, 2), np.float32)[: len(kinds)].T[..., None, None]
     y, x = _pixel_centres(size)
     u = (np.cos(angle) * x + np.sin(angle) * y) / period + phase[0]
     v = (np.cos(angle) * y - np.sin(angle) * x) / period + phase[1]
@@ -224,15 +222,15 @@ def _dots(u, v):
 
 
 def _draw_background(rng, size):
-    """1/f noise between two dull colours of middling brightness: (block, 3, size, size) in [0, 1]."""
+    """1/f noise between two dull colours of middling brightness: (batch, 3, size, size) in [0, 1]."""
     near, far = (
-        _hsv(rng.random(BLOCK), rng.uniform(0, 0.5, BLOCK), rng.uniform(0.35, 0.75, BLOCK)) for _ in range(2)
+        _hsv(rng.random(BATCH), rng.uniform(0, 0.5, BATCH), rng.uniform(0.35, 0.75, BATCH)) for _ in range(2)
     )
     return _blend(near, far, np.clip(0.5 + 0.25 * _noise(rng, size), 0, 1))
 
 
 def _noise(rng, size):
-    """Noise of unit variance whose amplitude falls with frequency as f to the -1 to -1.6: (block, size,
+    """Noise of unit variance whose amplitude falls with frequency as f to the -1 to -1.6: (batch, size,
     size).
 
     Waves that the default size can show are drawn first, the same ones for every size; those that only a
@@ -240,7 +238,7 @@ def _noise(rng, size):
     """
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)).astype(np.float32)
     frequency[0, 0] = np.inf  # no constant part
-    exponent = rng.uniform(1.0, 1.6, (BLOCK, 1, 1)).astype(np.float32)
+    exponent = rng.uniform(1.0, 1.6, (BATCH, 1, 1)).astype(np.float32)
     white = _white(rng, SIZE)
     if size != SIZE:
         coarse, white = white, _white(rng.spawn(1)[0], size)
@@ -252,8 +250,8 @@ def _noise(rng, size):
 
 
 def _white(rng, size):
-    """A block of spectra of white noise, as `irfft2` reads them: (block, size, size // 2 + 1) complex."""
-    return rng.standard_normal((BLOCK, size, size // 2 + 1, 2), np.float32).view(np.complex64)[..., 0]
+    """A batch of spectra of white noise, as `irfft2` reads them: (batch, size, size // 2 + 1) complex."""
+    return rng.standard_normal((BATCH, size, size // 2 + 1, 2), np.float32).view(np.complex64)[..., 0]
 
 
 def _pixel_centres(size):
@@ -262,11 +260,11 @@ def _pixel_centres(size):
 
 
 def _draw_pose(rng):
-    """Unit, angle, shear, stretch, facing (+1 or -1), centre x and y, lengths in 64ths: (7, block, 1, 1)."""
-    unit = rng.uniform(22, 29, BLOCK)
-    angle, shear = rng.uniform(-0.2, 0.2, BLOCK), rng.uniform(-0.12, 0.12, BLOCK)
-    stretch, facing = rng.uniform(0.92, 1.08, BLOCK), rng.choice([-1, 1], BLOCK)
-    centre = SIZE / 2 - 0.5 + rng.uniform(-1, 1, (2, BLOCK)) * (SIZE / 2 - unit)
+    """Unit, angle, shear, stretch, facing (+1 or -1), centre x and y, lengths in 64ths: (7, batch, 1, 1)."""
+    unit = rng.uniform(22, 29, BATCH)
+    angle, shear = rng.uniform(-0.2, 0.2, BATCH), rng.uniform(-0.12, 0.12, BATCH)
+    stretch, facing = rng.uniform(0.92, 1.08, BATCH), rng.choice([-1, 1], BATCH)
+    centre = SIZE / 2 - 0.5 + rng.uniform(-1, 1, (2, BATCH)) * (SIZE / 2 - unit)
     return np.stack([unit, angle, shear, stretch, facing, *centre]).astype(np.float32)[..., None, None]
 
 
@@ -318,20 +316,20 @@ def _distance(part, x, y):
     return nearest
 
 
-# Colours: (block, 3, 1, 1) in [0, 1].
+# Colours: (batch, 3, 1, 1) in [0, 1].
 
 
 def _draw_contrast(rng):
     """Two colours of any hue, one bright and one dark, in either order."""
-    bright = _hsv(rng.random(BLOCK), rng.uniform(0, 0.6, BLOCK), rng.uniform(0.85, 1, BLOCK))
-    dark = _hsv(rng.random(BLOCK), rng.uniform(0, 0.9, BLOCK), rng.uniform(0.03, 0.25, BLOCK))
-    swap = rng.random((BLOCK, 1, 1, 1)) < 0.5
+    bright = _hsv(rng.random(BATCH), rng.uniform(0, 0.6, BATCH), rng.uniform(0.85, 1, BATCH))
+    dark = _hsv(rng.random(BATCH), rng.uniform(0, 0.9, BATCH), rng.uniform(0.03, 0.25, BATCH))
+    swap = rng.random((BATCH, 1, 1, 1)) < 0.5
     return np.where(swap, dark, bright), np.where(swap, bright, dark)
 
 
 def _draw_vivid(rng, low, high):
     """Saturated paint with a hue between low and high."""
-    return _hsv(rng.uniform(low, high, BLOCK), rng.uniform(0.75, 1, BLOCK), rng.uniform(0.65, 1, BLOCK))
+    return _hsv(rng.uniform(low, high, BATCH), rng.uniform(0.75, 1, BATCH), rng.uniform(0.65, 1, BATCH))
 
 
 def _hsv(hue, saturation, value):
@@ -342,17 +340,17 @@ def _hsv(hue, saturation, value):
 
 
 def _blend(under, over, cover):
-    """Lay a colour or image over another where cover (block, size, size) is 1."""
+    """Lay a colour or image over another where cover (batch, size, size) is 1."""
     return under + (over - under) * cover[:, None]
 
 
 # Input and output.
 
 
-def _blocks(n_images, seed, stream):
-    """(slice, generator) for each block of images."""
-    for block, start in enumerate(range(0, n_images, BLOCK)):
-        yield slice(start, min(start + BLOCK, n_images)), np.random.default_rng([seed, stream, block])
+def _batches(n_images, seed, stream):
+    """(slice, generator) for each batch of images."""
+    for batch, start in enumerate(range(0, n_images, BATCH)):
+        yield slice(start, min(start + BATCH, n_images)), np.random.default_rng([seed, stream, batch])
 
 
 def _to_bytes(images):

@@ -155,14 +155,14 @@ def read_image(path: Path) -> Image.Image:
 
 
 def input_size(processor) -> int:
-    """Return how many pixels a side of the pictures has that the processor gives to its model.
+    """Return how many pixels a side of the images has that the processor gives to its model.
 
     Raises ValueError where the processor does not say so.
     """
     size = getattr(processor, "crop_size", None) or processor.size
     sides = {size.get(name) for name in ("height", "width", "shortest_edge")} - {None}
     if len(sides) != 1:
-        raise ValueError(f"the image processor gives pictures of {dict(size)}; set one side in pixels there")
+        raise ValueError(f"the image processor gives images of {dict(size)}; set one side in pixels there")
     return sides.pop()
 
 

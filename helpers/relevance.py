@@ -87,7 +87,7 @@ def gradient_times_input(model, inputs, target=None, rules: str = "none") -> tor
 
 
 def contrast_relevance(model, inputs, players: torch.Tensor, target=None) -> torch.Tensor:
-    """Return Σ_d (h_t − h'_t)_d ∂̃y/∂h_td for the state h_t that enters each block, (batch, blocks, tokens).
+    """Return Σ_d (h_t − h'_t)_d ∂̃y/∂h_td for the state h_t that enters each layer, (batch, layers, tokens).
 
     players  bool (batch, tokens): for h' each of them is the average word, the mean of the embedding table,
              or the average patch of its image
@@ -162,10 +162,10 @@ def check_rules(model, rules: str) -> None:
             f"{name} {what}, for which there is no rule of relevance; use rules='none', or a model of "
             f"the families {', '.join(FAMILIES)} with GELU, ReLU or tanh and LayerNorm"
         )
-    for block in transformer_blocks(model):
+    for layer in transformer_blocks(model):
         for role, names in PROJECTIONS.items():
-            if sum(path.rsplit(".")[-1] in names for path, _ in block.named_modules()) != 1:
-                raise ValueError(f"{name} has no single {role} projection a block, so no rule can reach it")
+            if sum(path.rsplit(".")[-1] in names for path, _ in layer.named_modules()) != 1:
+                raise ValueError(f"{name} has no single {role} projection per layer, so no rule can reach it")
 
 
 class _Slope(torch.autograd.Function):
@@ -205,8 +205,8 @@ def _hooks(model, rules: str, activation=None):
     factors = {"query": SHARE * SHARE, "key": SHARE * SHARE, "value": SHARE}
     if rules == "cp":
         factors = {"query": 0, "key": 0, "value": 1}
-    for block in transformer_blocks(model):
-        for path, module in block.named_modules():
+    for layer in transformer_blocks(model):
+        for path, module in layer.named_modules():
             for role, names in PROJECTIONS.items():
                 if path.rsplit(".")[-1] in names and factors[role] != 1:
                     yield module.register_forward_hook(_scaling(factors[role]))
@@ -236,7 +236,7 @@ def _tanh_between(first, second, activation):
 
 @contextmanager
 def _contrast(model, origins, states: list, start=None):
-    """Keep the states that enter the blocks of the enclosed pass, and what its activations see in `origins`;
+    """Keep the states that enter the layers of the enclosed pass, and what its activations see in `origins`;
 
     or, where `origins` is an iterator over such a list, let the pass go backward by contrast with it.
     """
@@ -258,8 +258,8 @@ def _contrast(model, origins, states: list, start=None):
     with ExitStack() as hooks:
         if start is not None:
             hooks.callback(model.get_input_embeddings().register_forward_hook(start).remove)
-        for block in transformer_blocks(model):
-            hooks.callback(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        for layer in transformer_blocks(model):
+            hooks.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
         for handle in _hooks(model, "cp", from_origin):
             hooks.callback(handle.remove)
         yield

@@ -14,27 +14,27 @@ from helpers.models import transformer_blocks
 
 
 def randomisation_cascade(model, seed: int = 0, group: int = 1) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield (step, model) as the weights of a copy are drawn anew, from the head down: "head", last block,
+    """Yield (step, model) as the weights of a copy are drawn anew, from the head down: "head", last layer,
     ..., "embeddings".
 
-    group  blocks that one step draws together, "blocks 9–11" of twelve; the lowest step may hold fewer
+    group  layers that one step draws together, "layers 9–11" of twelve; the lowest step may hold fewer
 
     Every step keeps the randomness of the steps before it. Weights are drawn as the model's own class draws
     them before training. The model itself is left as it is; what is yielded is one object, changed from step
     to step. Raises ValueError for a group below 1.
     """
     if group < 1:
-        raise ValueError(f"a step draws one block or more anew, not {group}")
+        raise ValueError(f"a step draws one layer or more anew, not {group}")
     randomised = copy.deepcopy(model)
-    blocks = transformer_blocks(randomised)
-    inside = {id(module) for block in blocks for module in block.modules()}
-    modules = list(randomised.modules())  # in the order of the forward pass: embeddings, blocks, head
-    first = modules.index(blocks[0])
+    layers = transformer_blocks(randomised)
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    modules = list(randomised.modules())  # in the order of the forward pass: embeddings, layers, head
+    first = modules.index(layers[0])
     steps = [("head", [module for module in modules[first:] if id(module) not in inside])]
-    for stop in range(len(blocks), 0, -group):
+    for stop in range(len(layers), 0, -group):
         start = max(0, stop - group)
-        name = f"blocks {start}–{stop - 1}" if stop - start > 1 else f"block {start}"
-        steps.append((name, [module for block in blocks[start:stop] for module in block.modules()]))
+        name = f"layers {start}–{stop - 1}" if stop - start > 1 else f"layer {start}"
+        steps.append((name, [module for layer in layers[start:stop] for module in layer.modules()]))
     steps.append(("embeddings", modules[:first]))
     for number, (name, chosen) in enumerate(steps):
         with torch.random.fork_rng():

@@ -67,7 +67,7 @@ def coalition_values(matrix: torch.Tensor, coalitions: torch.Tensor, game: str) 
     """Return the characteristic function v(S) of each coalition, (count,).
 
     matrix      (n, n) attention among n tokens, from `pairwise_matrix`
-    coalitions  bool (count, n), one coalition a row
+    coalitions  bool (count, n), one coalition in each row
     game        "cls": Σ_{i∈S} M[cls, i]; "mutual": Σ_{i<j∈S} M[i,j] + M[j,i]; "max_mutual": Σ_{i<j∈S}
                 max(M[i,j], M[j,i]). In the two pairwise games v({i}) = M[i, i]. "received":
                 Σ_{j∈S} Σ_i M[i,j], what all n tokens see of S
@@ -140,7 +140,7 @@ def best_attention_game(model, inputs, players: torch.Tensor, target=None) -> to
     target   explained class as in `read_attention`
 
     The game is received, v(S) = Σ_{j∈S} Σ_i M[i,j], on attention and the skip connection beside it, mean over
-    the lower half of the blocks: M[i,j] = Σ_h A[h,i,j] (v_j − v'_j)·∂̃y/∂o_i + [i=j] (h_j − h'_j)·∂̃y/∂skip_j.
+    the lower half of the layers: M[i,j] = Σ_h A[h,i,j] (v_j − v'_j)·∂̃y/∂o_i + [i=j] (h_j − h'_j)·∂̃y/∂skip_j.
     v are the values that attention moves, o what it gathers, ∂̃ goes by the rules of contrast in
     `helpers.relevance`, and ' marks the pass in which every player is the average word. The two parts of a
     column add up to the relevance of the state h_j, so nothing needs the maps themselves.

@@ -45,11 +45,11 @@ def mean_interval(scores, confidence: float = 0.95, n_resamples: int = 2000, see
 def paired_tests(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Compare each method with `reference` on the same inputs.
 
-    scores  one line an input, one column a method
+    scores  a line for each input, a column for each method
 
-    Returns, a line a method: the mean difference to the reference with its bootstrap interval, the two-sided
-    p of Wilcoxon's signed-rank test, and p Holm, corrected over the methods (Holm 1979). Methods that never
-    differ have p 1. Raises ValueError for an unknown reference, or fewer than two inputs.
+    Returns a line for each method: the mean difference to the reference with its bootstrap interval, the
+    two-sided p of Wilcoxon's signed-rank test, and p Holm, corrected over the methods (Holm 1979). Methods
+    that never differ have p 1. Raises ValueError for an unknown reference, or fewer than two inputs.
     """
     if reference not in scores.columns:
         raise ValueError(
@@ -71,7 +71,7 @@ def paired_tests(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
 def tied_with_best(scores: pd.DataFrame, higher: bool = True, seed: int = 0) -> list[str]:
     """Return the best method by its mean, then those whose interval of the difference to it holds zero.
 
-    scores  one line an input, one column a method; `higher` says whether larger means better
+    scores  a line for each input, a column for each method; `higher` says whether larger means better
     """
     _check_finite(scores)
     best = scores.mean().idxmax() if higher else scores.mean().idxmin()
@@ -90,8 +90,8 @@ def pareto_front(prices: Sequence[float], scores: Sequence[float]) -> np.ndarray
 def rank_agreement(attributions: pd.DataFrame, inputs) -> pd.DataFrame:
     """Return the mean Spearman correlation of each two methods over inputs, methods × methods.
 
-    attributions  one line a token or patch, one column a method
-    inputs        what tells the inputs apart, one value a line
+    attributions  a line for each token or patch, a column for each method
+    inputs        what tells the inputs apart, one value for each line
 
     Inputs with fewer than three players are left out, and so is, for a pair, an input that one of them ranks
     not at all.

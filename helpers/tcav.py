@@ -1,4 +1,4 @@
-"""Method 2: token-level TCAV with attention. Gradients at every block, one CAV, weighted derivatives, scores.
+"""Method 2: token-level TCAV with attention. Gradients at every layer, one CAV, weighted derivatives, scores.
 
 Source: Kim et al. (2018), TCAV; Eggen, Lysnæs-Larsen and Strümke (2025), section 4, for tokens and attention.
 Many CAVs at once are in `directions` and `cavs`.
@@ -47,7 +47,7 @@ def token_states(model, inputs, target=None) -> tuple[dict[int, torch.Tensor], .
         gradients = torch.autograd.grad(explained * GRADIENT_SCALE, check_outputs(model, outputs))
     if len(maps) != len(gradients) or any(layer is None or layer.ndim != 4 for layer in maps):
         name = type(model).__name__
-        raise ValueError(f"{name} returned {len(maps)} attention maps for {len(gradients)} blocks")
+        raise ValueError(f"{name} returned {len(maps)} attention maps for {len(gradients)} layers")
     if not all(torch.isfinite(gradient).all() for gradient in gradients):
         raise ValueError(
             "the gradients hold NaN or infinity; check the model's weights, or use another precision"
@@ -140,12 +140,6 @@ def _fit_logistic(rows: np.ndarray, is_positive: np.ndarray, seed: int) -> tuple
 def plain_derivatives(gradients, cavs) -> torch.Tensor:
     """Return s (batch, tokens, n_cavs), s_t = ∂y/∂f_t · cav: token TCAV without attention."""
     return gradients @ torch.as_tensor(cavs).to(gradients).T
-
-
-def cls_derivatives(gradients, cavs) -> torch.Tensor:
-    """Return the plain derivative (batch, tokens, n_cavs) at the cls token, and zero at every other."""
-    at_cls = plain_derivatives(gradients[:, :1], cavs)
-    return torch.nn.functional.pad(at_cls, (0, 0, 0, gradients.shape[1] - 1))
 
 
 def top_tokens(states, cavs, real=None, share: float = 0.1) -> torch.Tensor:

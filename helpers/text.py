@@ -16,12 +16,8 @@ def encode(texts: Sequence[str], tokenizer, model):
     Raises ValueError for a bare string, an empty batch, a text with nothing to explain (its position is
     named), or a tokenizer that puts no classification token first.
     """
-    if isinstance(texts, str):
-        raise ValueError(f"texts is one string, {texts[:40]!r}; give a list of texts")
+    texts = check_texts(texts)
     check_cls_first(tokenizer)
-    texts = list(texts)
-    if not texts:
-        raise ValueError("there is no text to explain")
     limit = min(tokenizer.model_max_length, max_tokens(model))
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
     for position, length in enumerate(lengths):
@@ -37,6 +33,20 @@ def encode(texts: Sequence[str], tokenizer, model):
         if n_players == 0:
             raise ValueError(f"text {position} ({texts[position]!r}) has no token to explain; leave it out")
     return inputs.to(model.device)
+
+
+def check_texts(texts: Sequence[str], name: str = "texts") -> list[str]:
+    """Return `texts` as a list. Raises ValueError, with its `name`, unless it holds one or more of them."""
+    if isinstance(texts, str):
+        raise ValueError(f"{name} is one string, {texts[:40]!r}; give a list of texts")
+    if not (texts := list(texts)):
+        raise ValueError(f"{name} is empty, so there is no text to explain; give one or more")
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"text {position} of {name} is {text!r}; a text must be a string")
+        if not text.strip():
+            raise ValueError(f"text {position} of {name} ({text!r}) has no token to explain; leave it out")
+    return texts
 
 
 def max_tokens(model) -> int:

@@ -21,6 +21,13 @@ COLORS = ("#000000", "#777777", "#d55e00", "#e69f00", "#f0c060")  # the first is
 MARKERS = "so^vD"
 NOTEBOOKS = ("02_vit_shapley", "04_tcav")
 PATCHES = ("comp", "concept AP")
+SAID = {  # names of networks in the legends; others have those of their folders
+    "dinov2_scenes": "pretrained, head on [CLS] and patches",
+    "dinov2_scenes_cls": "pretrained, head on [CLS]",
+    "concept_vit": "small, first seed",
+    "concept_vit_1": "small, second seed",
+    "concept_vit_2": "small, third seed",
+}
 CONCEPTS = ("AUC", "AUC, zebra", "AUC, dalmatian", "AUC, fire engine")
 COLUMNS = ("conclusion", "network", "value", "low", "high")
 
@@ -51,24 +58,29 @@ def gather(folder: Path, target: Path) -> int:
 
 
 def draw(table: pd.DataFrame, measures: tuple[str, ...]) -> plt.Figure:
-    """Draw the differences on some measures, a point and its interval for each network."""
+    """Draw the differences on some measures, a point and its interval for each network, on one scale."""
     table = table[table["conclusion"].str.contains(" − ")]
     by_network, networks = table.set_index(["conclusion", "network"]), table["network"].unique()
     names = {m: [name for name in table["conclusion"].unique() if name.endswith(f": {m}")] for m in measures}
-    size = {"figsize": (plots.PAGE, 1.1 + 0.3 * len(names[measures[0]])), "layout": "constrained"}
-    figure, axes = plt.subplots(1, len(measures), sharey=True, **size)
+    questions = [name.split(": ")[0].replace("_", " ") for name in names[measures[0]]]
+    size = {"figsize": (0.92 * plots.PAGE, 1.3 + 0.35 * len(questions)), "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(measures), sharex=True, sharey=True, **size)
     for axis, measure in zip(axes, measures, strict=True):
         for place, network in enumerate(networks):
             lines = by_network.xs(network, level="network").reindex(names[measure])
-            at = np.arange(len(lines)) + 0.15 * (place - (len(networks) - 1) / 2)
+            at = np.arange(len(lines)) + 0.16 * (place - (len(networks) - 1) / 2)
             color = COLORS[place % len(COLORS)]
-            axis.hlines(at, lines["low"], lines["high"], color=color, linewidth=1)
-            axis.plot(lines["value"], at, MARKERS[place % len(MARKERS)], ms=3, color=color, label=network)
-        axis.axvline(0, color="0.6", linewidth=0.8)
-        axis.set(title=measure, xlabel="difference,\n95 % interval")
-    axes[0].set_yticks(range(len(lines)), [name.split(": ")[0] for name in names[measures[0]]], fontsize=7)
-    axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center")
+            axis.hlines(at, lines["low"], lines["high"], color=color, linewidth=1.2)
+            look = {"ms": 3.5, "color": color, "label": SAID.get(network, network)}
+            axis.plot(lines["value"], at, MARKERS[place % len(MARKERS)], **look)
+        for place in range(0, len(questions), 2):  # every second question on grey
+            axis.axhspan(place - 0.5, place + 0.5, color="0.94", linewidth=0, zorder=0)
+        axis.axvline(0, color="black", linewidth=0.8, zorder=1)
+        axis.set(title=measure, xlabel="difference")
+    axes[0].set_yticks(range(len(questions)), questions, fontsize=8)
+    axes[0].set_ylim(len(questions) - 0.5, -0.5)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=2, loc="outside lower center", fontsize=8)
     return figure
 
 

@@ -27,7 +27,6 @@ from helpers.statistics import empirical_p_values
 from helpers.tcav import (
     KINDS,
     attention_weighted_derivatives,
-    cls_derivatives,
     fit_direction,
     plain_derivatives,
     token_gradients,
@@ -233,16 +232,16 @@ def test_image_scores_are_means_of_the_derivatives_whatever_the_batch(tokenizer,
     for row, text in enumerate(SENTENCES):
         states, gradients, attention = token_states(model, encode([text], tokenizer, model), 2)
         assert_close(token_gradients(model, encode([text], tokenizer, model), 2)[0], gradients)
+        at_cls = (torch.arange(attention[0].shape[1]) == 0)[:, None]
         for i, layer in enumerate((0, 2)):
             vectors = torch.tensor(cavs["relative"].vectors[i, 2])
             for weighting, derivatives in (
                 ("attention", attention_weighted_derivatives(gradients[layer], attention[layer], vectors)),
                 ("plain", plain_derivatives(gradients[layer], vectors)),
-                ("cls", cls_derivatives(gradients[layer], vectors)),
+                ("cls", plain_derivatives(gradients[layer], vectors) * at_cls),
                 (
                     "no cls",
-                    attention_weighted_derivatives(gradients[layer], attention[layer], vectors)
-                    * (torch.arange(attention[layer].shape[1]) > 0)[:, None],
+                    attention_weighted_derivatives(gradients[layer], attention[layer], vectors) * ~at_cls,
                 ),
                 ("top", plain_derivatives(gradients[layer], vectors) * top_tokens(states[layer], vectors)),
             ):

@@ -63,7 +63,7 @@ def test_no_scene_is_drawn_twice():
 
 
 def test_image_does_not_depend_on_how_many_are_drawn(scenes):
-    for n_images in (1, world.BLOCK, world.BLOCK + 1):
+    for n_images in (1, world.BATCH, world.BATCH + 1):
         np.testing.assert_array_equal(world.draw_scenes(n_images, seed=11).images, scenes.images[:n_images])
     np.testing.assert_array_equal(
         world.draw_concept_images("dotted", 2), world.draw_concept_images("dotted", 80)[:2]
@@ -150,7 +150,7 @@ def test_edges_of_an_object_are_one_pixel_wide_at_every_size():
 
 
 def test_background_of_a_large_scene_is_as_rough_as_its_law_says():
-    """Amplitude 1/f to 1/f^1.6 up to the finest waves: an enlarged picture would have none of them."""
+    """Amplitude 1/f to 1/f^1.6 up to the finest waves: an enlarged image would have none of them."""
     power = np.abs(np.fft.fft2(world._noise(np.random.default_rng(0), 112))) ** 2
     frequency = np.hypot(np.fft.fftfreq(112)[:, None], np.fft.fftfreq(112)) * 112
     middle, fine = (power[:, (frequency > low) & (frequency < low + 6)].mean() for low in (20, 44))

@@ -38,7 +38,7 @@ from helpers.models import (
 )
 from helpers.paths import PROJECT_ROOT
 from helpers.shapley import GAMES, WEIGHTINGS, attention_shapley, pairwise_matrix
-from helpers.text import encode, max_tokens, token_players, word_groups
+from helpers.text import check_texts, encode, max_tokens, token_players, word_groups
 
 
 def change_attentions(model, change):
@@ -437,6 +437,21 @@ def test_text_without_a_token_is_named_by_position(model, tokenizer, bad):
 def test_empty_list_of_texts_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="no text to explain"):
         encode([], tokenizer, model)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("a film", "examples is one string, 'a film'"),
+        ([], "examples is empty"),
+        (["a film", 3], "text 1 of examples is 3; a text must be a string"),
+        ([" ", "a film"], "text 0 of examples .* has no token to explain"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_refused_by_its_name(given, said):
+    with pytest.raises(ValueError, match=said):
+        check_texts(given, "examples")
+    assert check_texts(("a film",)) == ["a film"]
 
 
 # Loading

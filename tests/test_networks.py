@@ -43,6 +43,7 @@ def test_every_conclusion_has_a_line_for_each_network_and_a_point_in_the_figure(
     assert [line.get_xdata()[0] for line in figure.axes[0].lines[:2]] == [0.1, 0.1]
     assert [line.get_xdata()[0] for line in figure.axes[1].lines[:2]] == [-0.3, -0.3]
     assert [text.get_text() for text in figure.legends[0].texts] == ["default", "b"]
+    assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()  # one scale
     plt.close(figure)
 
 
@@ -63,3 +64,4 @@ def test_the_committed_table_says_of_the_default_network_what_its_notebooks_say(
         told = [None if pd.isna(value) else value for value in default.loc[name, ["value", "low", "high"]]]
         assert told == values, name
     assert table.groupby("network").size().nunique() == 1 and table["network"].nunique() >= 5
+    assert set(table["network"]) == set(networks.SAID)  # each has a name in the legends

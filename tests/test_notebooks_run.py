@@ -67,6 +67,7 @@ def check_quickstart(results):
 
 def check_nlp_shapley(results):
     assert results["closed_form_error"] < 1e-12
+    assert results["examples"] == {"It never fails to engage us.": "positive"}  # the smoke profile's own
     assert results["accuracy"] and all(0.5 < accuracy <= 1 for accuracy in results["accuracy"].values())
     for rows in results["faithfulness"].values():
         assert rows["Att (row sum, constant)"]["comp mean"] == 0
@@ -134,7 +135,7 @@ def check_comparisons(results):
     verdict = results["verdict"]
     assert verdict["Integrated gradients"]["comp, text"] > verdict["First tokens"]["comp, text"]
     assert all(-1 <= line["comp, text"] <= 1 for line in verdict.values() if line["comp, text"] is not None)
-    assert set(results["not_told_from_the_best"]) == {*results["sets"], "pictures"}
+    assert set(results["not_told_from_the_best"]) == {*results["sets"], "images"}
     assert all(set(front) <= set(verdict) and front for front in results["pareto"].values())
     assert len(results["findings"]) == 3
 

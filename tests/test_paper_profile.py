@@ -77,7 +77,7 @@ SMALL = {  # sizes; all else is the profile's own
     "n_text_draws": 2,
     "n_operators": 2,
     "n_sanity": 2,
-    "n_pictures": 2,
+    "n_sanity_images": 2,
     "n_weights": 1,
     "n_planted": 4,
     "planted_steps": 1,
@@ -335,11 +335,13 @@ def test_vit_base_runs_through_02(hub, tmp_path):
     save_vit(tmp_path / "vit", patch_size=32)
     given = {
         "images_dir": str(hub / "paper/targets/zebra"),
+        "images": [str(next((hub / "paper/targets/dog sled").glob("*.*")))],  # that the maps show
         "n_samples": 1,
         "ks": [0, 10, 20, 50],
         "patch_counts": [49],
     }
     results = run_alone("02_vit_shapley", tmp_path, model_id=str(tmp_path / "vit"), **given)
+    assert (tmp_path / "figures/02_vit_shapley/games.png").stat().st_size > 20_000
     assert results["faithfulness"]["Leave-one-out"]["forwards"] == 50
     assert results["faithfulness"]["Shapley-Grad-Att-Max-Mutual"]["backwards"] == 1
 

@@ -217,6 +217,8 @@ FAMILIES = "a list of families, each a list of two or more names"
         ("04_tcav", "text_set", " ", "a name"),
         ("00_quickstart", "texts", [""], "a list of one or more texts"),
         ("00_quickstart", "texts", [], "a list of one or more texts"),
+        ("01_nlp_shapley", "examples", ["good", " "], "a list of texts"),
+        ("01_nlp_shapley", "examples", [3], "a list of texts"),
         ("00_quickstart", "images", [3], "a list of files or folders"),
         ("00_quickstart", "concept", "wool", "one of striped, dotted, zigzagged, red, blue, green, yellow"),
         ("01_nlp_shapley", "operator", "mean", "one of mask, delete, pad, attention_mask"),

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
@@ -95,6 +95,29 @@ def test_ink_is_legible_on_dark_and_light_boxes():
     assert [text.get_color() for text in axes[0].texts[2:]] == ["white", "black", "white", "black"]
 
 
+def test_methods_stand_by_family_each_with_its_marker_and_a_gap_after_each_family():
+    methods = {name: [1.0, 2.0] for name in ("Grad-SAM", "Shapley-Input", "Att (received)", "AttnLRP")}
+    figure, axes = plots.token_strips([("film", TOKENS[:2], methods)])
+    names = [text.get_text() for text in axes[0].texts if text.get_text() in methods]
+    assert names == ["Att (received)", "Grad-SAM", "AttnLRP", "Shapley-Input"]
+    tops = [box.get_y() for box in boxes(axes[0])][::2]
+    first, second, third = np.diff(tops)
+    assert second == pytest.approx(1) and first > 1.2 and third > 1.2
+    marks = [part.get_facecolors()[0][:3] for part in axes[0].collections]
+    families = [plots.FAMILY[name] for name in names]
+    np.testing.assert_allclose(marks, [to_rgba(plots.FAMILY_COLORS[family])[:3] for family in families])
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        plots.FAMILY_WORDS[family] for family in ("attention", "gradient", "input")
+    ]
+
+
+def test_a_price_in_dollars_is_no_formula():
+    figure, axes = plots.token_strips([("$5 a {seat$", ["$", "{5_$"], {"cls": [1.0, 2.0]})])
+    figure.canvas.draw()  # as formulas these could not be read
+    assert [text.get_text() for text in axes[0].texts] == ["$5 a {seat$", "cls", "$", "{5_$"]
+
+
 # Method strips
 
 
@@ -171,6 +194,13 @@ def test_panels_name_set_size_method_and_measure(strips):
         "Random",
     ]
     assert figure.get_supxlabel() == "comprehensiveness"
+    [legend] = figure.legends
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said == [
+        *(plots.FAMILY_WORDS[f] for f in ("attention", "gradient", "none")),
+        "mean",
+        "95 % interval",
+    ]
 
 
 def test_method_missing_from_one_set_leaves_its_strip_empty():
@@ -201,3 +231,51 @@ def test_maps_over_an_image_are_the_more_opaque_the_larger_they_are():
     alone = plots.patch_heatmaps(rows)[1][0, 1].images
     assert len(alone) == 1 and alone[0].get_alpha() in (None, 1.0)
     plt.close("all")
+
+
+@pytest.mark.parametrize("lowest, shown", [(0.25, (0, 1)), (-0.25, (-1, 1))])
+def test_colour_bar_has_a_negative_half_only_where_a_map_has_one(lowest, shown):
+    rows = [("zebra", np.zeros((4, 4, 3), np.uint8), {"Shapley-Att-CLS": np.array([[1.0, lowest]])})]
+    figure, axes = plots.patch_heatmaps(rows, width=4, fontsize=9)
+    bar = figure.axes[-1]
+    assert bar.get_xlim() == shown and bar.xaxis.label.get_fontsize() == 9 and figure.get_figwidth() == 4
+    assert axes[0, 1].get_images()[0].get_clim() == (-1, 1)  # white is zero in both
+    assert axes[0, 1].get_title() == "Shapley-\nAtt-\nCLS" and axes[0, 1].title.get_fontsize() == 9
+    plt.close("all")
+
+
+# Points of methods
+
+
+def test_a_method_has_its_familys_marker_at_its_value_filled_bar_and_interval_on_request():
+    values = pd.Series({"Random": 0.1, "AttnLRP": 0.4, "Att (received)": 0.2})
+    ends = pd.DataFrame({"low": values - 0.05, "high": values + 0.07})
+    figure, axis = plt.subplots()
+    order = ["AttnLRP", "SHAP (signed)", "Random"]
+    plots.method_points(axis, values, ["AttnLRP"], order, bars=True, intervals=ends)
+    assert [label.get_text() for label in axis.get_yticklabels()] == order
+    assert axis.get_ylim()[0] > axis.get_ylim()[1]  # from the top down
+    points = [part for part in axis.collections if isinstance(part, PathCollection)]
+    assert [tuple(point.get_offsets()[0]) for point in points] == [(0.4, 0), (0.1, 2)]
+    families = [plots.FAMILY_COLORS[family] for family in ("gradient", "none")]
+    assert [tuple(point.get_edgecolors()[0]) for point in points] == [to_rgba(name) for name in families]
+    assert [tuple(point.get_facecolors()[0]) for point in points] == [to_rgba(families[0]), to_rgba("white")]
+    assert len(points[0].get_paths()[0].vertices) == 4 < len(points[1].get_paths()[0].vertices)  # triangle
+    assert [bar.get_width() for bar in boxes(axis)] == [0.4, 0.1]
+    lines = [part for part in axis.collections if isinstance(part, LineCollection)]
+    found = [line.get_segments()[0][:, 0].tolist() for line in lines]
+    np.testing.assert_allclose(found, [[0.35, 0.47], [0.05, 0.17]])
+
+
+@pytest.mark.parametrize("low", [-0.9, -0.3, 0.0])
+def test_a_part_of_the_signed_colours_keeps_white_at_zero_and_the_end_where_it_was(low):
+    colors, whole = plots.signed_part(low), plt.get_cmap(plots.SIGNED)
+    np.testing.assert_allclose(colors(1.0), whole(1.0))
+    np.testing.assert_allclose(colors(-low / (1 - low)), whole(0.5), atol=0.02)
+
+
+def test_the_legend_names_the_families_that_are_there_and_no_other():
+    figure, _ = plt.subplots(layout="constrained")
+    plots.family_legend(figure, ["Random", "AttnLRP", "a method of mine"])
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.texts] == ["uses gradients", "knows nothing of the model"]

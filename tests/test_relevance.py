@@ -550,7 +550,7 @@ def playing(model, inputs, tokenizers):
 
 def test_contrast_solved_by_hand_without_attention(model, tokenizer):
     """Blocks that pass their states on, the pooler's tanh, and a head that reads one of its numbers: with
-    h the state of [CLS], who does not play but sees the others by the first block's values alone."""
+    h the state of [CLS], who does not play but sees the others by the first layer's values alone."""
     model = model.double()
     inputs = encode(SENTENCES[:1], tokenizer, model)
     players = token_players(inputs, tokenizer)
@@ -611,17 +611,17 @@ def test_best_game_is_received_on_attention_and_the_skip_connection(model, token
     """M[i,j] = Σ_h A (v_j − v'_j)·∂̃y/∂o_i + [i=j] (h_j − h'_j)·∂̃y/∂skip_j, in the lower half."""
     model = model.double()
     inputs = encode(SENTENCES, tokenizer, model)
-    players, block = token_players(inputs, tokenizer), model.bert.encoder.layer[0]
+    players, layer = token_players(inputs, tokenizer), model.bert.encoder.layer[0]
     values, states, gathered, skipped = [], [], [], []
 
     def keep(tensor, gradients):
         if tensor.requires_grad:
             tensor.register_hook(gradients.append)
 
-    parts = block.attention.self.value, block.attention.output.dense
+    parts = layer.attention.self.value, layer.attention.output.dense
     hooks = [
         parts[0].register_forward_hook(lambda module, args, output: values.append(output.detach())),
-        block.register_forward_pre_hook(lambda module, args: states.append(args[0].detach())),
+        layer.register_forward_pre_hook(lambda module, args: states.append(args[0].detach())),
         parts[1].register_forward_pre_hook(lambda module, args: keep(args[0], gathered)),
         parts[1].register_forward_hook(lambda module, args, output: keep(output, skipped)),
     ]

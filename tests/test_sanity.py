@@ -24,8 +24,8 @@ def move_away(model):
 
 def step_of(name):
     """Return the step that draws a weight anew, read from the weight's name."""
-    if block := re.search(r"\.layers?\.(\d+)\.", name):
-        return f"block {block[1]}"
+    if layer := re.search(r"\.layers?\.(\d+)\.", name):
+        return f"layer {layer[1]}"
     return "embeddings" if "embeddings" in name else "head"
 
 
@@ -35,8 +35,8 @@ def weights(model):
 
 def check_cascade(model):
     before = weights(move_away(model))
-    blocks = [f"block {number}" for number in reversed(range(model.config.num_hidden_layers))]
-    order = ["head", *blocks, "embeddings"]
+    layers = [f"layer {number}" for number in reversed(range(model.config.num_hidden_layers))]
+    order = ["head", *layers, "embeddings"]
     names = [name for name, _ in model.named_parameters()]
     assert {step_of(name) for name in names} == set(order)
     seen, last = [], before
@@ -54,10 +54,10 @@ def test_each_step_draws_its_own_weights_in_a_copy_from_head_to_embeddings(text_
     check_cascade(text_classifier[0])
 
 
-def test_a_step_may_draw_some_blocks_together(model):
+def test_a_step_may_draw_some_layers_together(model):
     move_away(model)
     names = [step for step, _ in randomisation_cascade(model, group=2)]
-    assert names == ["head", "blocks 1–2", "block 0", "embeddings"]
+    assert names == ["head", "layers 1–2", "layer 0", "embeddings"]
     before, seen = weights(model), {}
     for step, changed in randomisation_cascade(model, group=2):
         now = weights(changed)
@@ -65,8 +65,8 @@ def test_a_step_may_draw_some_blocks_together(model):
             step_of(name) for name, _ in model.named_parameters() if not torch.equal(now[name], before[name])
         }
         before = now
-    assert seen["blocks 1–2"] == {"block 1", "block 2"} and seen["block 0"] == {"block 0"}
-    with pytest.raises(ValueError, match="one block or more anew, not 0"):
+    assert seen["layers 1–2"] == {"layer 1", "layer 2"} and seen["layer 0"] == {"layer 0"}
+    with pytest.raises(ValueError, match="one layer or more anew, not 0"):
         next(randomisation_cascade(model, group=0))
 
 
