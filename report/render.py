@@ -124,19 +124,16 @@ def _collection(source: Path, pages: list[Page]) -> tuple[dict[str, str], dict[s
     said = {"title": _plain(about.h1), "sentence": _first_sentence(_plain(about.p))}
     if own and (told := about.find(string=re.compile("What comes out|In the committed run"))):
         said["findings"] = told.find_next("ul").decode_contents()
-    if not (image := about.img):
-        return said, {}
-    *_, name, file = image["src"].split("/")
-    places = [
-        f"{name}.html#{figure.id}"
-        for page in pages
-        for figure in page.figures
-        if page.name == name and Path(file).stem in figure.saved
-    ]
-    caption = image.find_next("em")
-    said |= {"place": next(iter(places), image["src"]), "caption": caption and caption.decode_contents()}
-    said["image"] = {**image.attrs, **_size(files[image["src"]]), "alt": f"Figure: {image['alt']}"}
-    return said, {image["src"]: files[image["src"]]}
+    if image := about.img:
+        *_, name, file = image["src"].split("/")
+        said["place"] = image["src"]
+        for page in pages:
+            for figure in page.figures:
+                if page.name == name and Path(file).stem in figure.saved:
+                    said["place"] = f"{name}.html#{figure.id}"
+        said["image"] = {**image.attrs, **_size(files[image["src"]]), "alt": f"Figure: {image['alt']}"}
+        said["caption"] = image.find_next("em").decode_contents()
+    return said, {file: content for file, content in files.items() if file in str(said)}
 
 
 def _page(name: str, notebook, source: Path, known: set[str]) -> Page:
