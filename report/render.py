@@ -268,13 +268,15 @@ def _frame_figures(
     sections = [cell.find_previous("h2") for cell in cells]
     figures, files = [], {}
     for cell, names, section in zip(cells, saved, sections, strict=True):
-        near = [one for there, more in zip(sections, saved, strict=True) if there is section for one in more]
-        paths = [
-            source / "figures" / name / file for file in (*(f"{one}.csv" for one in near), "results.json")
-        ]
-        data = {f"files/figures/{name}/{path.name}": path for path in paths if path.is_file()}
         if not (images := cell.select(".output_area img")):
             continue
+        near = [one for there, more in zip(sections, saved, strict=True) if there is section for one in more]
+        data = {
+            f"files/figures/{name}/{file}": file for file in (*(f"{one}.csv" for one in near), "results.json")
+        }
+        data = {
+            link: path for link, file in data.items() if (path := source / "figures" / name / file).is_file()
+        }
         frame = images[0].wrap(soup.new_tag("figure"))
         frame.extend(image.extract() for image in images[1:])  # several that one cell draws are one figure
         prose = cell.find_next_sibling(class_="text_cell")
