@@ -124,19 +124,16 @@ def _collection(source: Path, pages: list[Page]) -> tuple[dict[str, str], dict[s
     said = {"title": _plain(about.h1), "sentence": _first_sentence(_plain(about.p))}
     if own and (told := about.find(string=re.compile("What comes out|In the committed run"))):
         said["findings"] = told.find_next("ul").decode_contents()
-    if not (image := about.img):
-        return said, {}
-    *_, name, file = image["src"].split("/")
-    places = [
-        f"{name}.html#{figure.id}"
-        for page in pages
-        for figure in page.figures
-        if page.name == name and Path(file).stem in figure.saved
-    ]
-    caption = image.find_next("em")
-    said |= {"place": next(iter(places), image["src"]), "caption": caption and caption.decode_contents()}
-    said["image"] = {**image.attrs, **_size(files[image["src"]]), "alt": f"Figure: {image['alt']}"}
-    return said, {image["src"]: files[image["src"]]}
+    if image := about.img:
+        *_, name, file = image["src"].split("/")
+        said["place"] = image["src"]
+        for page in pages:
+            for figure in page.figures:
+                if page.name == name and Path(file).stem in figure.saved:
+                    said["place"] = f"{name}.html#{figure.id}"
+        said["image"] = {**image.attrs, **_size(files[image["src"]]), "alt": f"Figure: {image['alt']}"}
+        said["caption"] = image.find_next("em").decode_contents()
+    return said, {file: content for file, content in files.items() if file in str(said)}
 
 
 def _page(name: str, notebook, source: Path, known: set[str]) -> Page:
@@ -271,13 +268,15 @@ def _frame_figures(
     sections = [cell.find_previous("h2") for cell in cells]
     figures, files = [], {}
     for cell, names, section in zip(cells, saved, sections, strict=True):
-        near = [one for there, more in zip(sections, saved, strict=True) if there is section for one in more]
-        paths = [
-            source / "figures" / name / file for file in (*(f"{one}.csv" for one in near), "results.json")
-        ]
-        data = {f"files/figures/{name}/{path.name}": path for path in paths if path.is_file()}
         if not (images := cell.select(".output_area img")):
             continue
+        near = [one for there, more in zip(sections, saved, strict=True) if there is section for one in more]
+        data = {
+            f"files/figures/{name}/{file}": file for file in (*(f"{one}.csv" for one in near), "results.json")
+        }
+        data = {
+            link: path for link, file in data.items() if (path := source / "figures" / name / file).is_file()
+        }
         frame = images[0].wrap(soup.new_tag("figure"))
         frame.extend(image.extract() for image in images[1:])  # several that one cell draws are one figure
         prose = cell.find_next_sibling(class_="text_cell")

@@ -382,11 +382,13 @@ def test_findings_are_those_of_the_project_and_not_of_another_run(tmp_path):
     Image.new("RGB", (9, 5)).save(source / "figures/01_first/words.png")
     (source / "README.md").write_text(
         "# Title\n\nOne sentence. Another.\n\n![It](figures/01_first/words.png)\n\n*Red.*\n\n- not this\n\n"
-        "## What comes out\n\nIn short:\n\n- *One*\n- [two](notebooks/02_other.ipynb)\n\n- three\n"
+        "## What comes out\n\nIn short:\n\n- *One*\n- [two](notebooks/02_other.ipynb)\n\n"
+        "- three, [see](README.md)\n"
     )
     glance = parse(render(source, tmp_path / "edition")).select_one(".glance")
-    assert [words(item) for item in glance.find_all("li")] == ["One", "two", "three"]
+    assert [words(item) for item in glance.find_all("li")] == ["One", "two", "three, see"]
     assert glance.li.em and glance.select_one("li a")["href"] == "02_other.html"
+    assert (tmp_path / "edition" / glance.select("li a")[1]["href"]).read_text().startswith("# Title")
     assert glance.img["src"] == glance.a["href"] == "files/figures/01_first/words.png"
     assert glance.img["width"] == "9" and words(glance.figcaption) == "Red."
 
