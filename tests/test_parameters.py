@@ -202,6 +202,8 @@ FAMILIES = "a list of families, each a list of two or more names"
         ("01_nlp_shapley", "batch_size", 0, "1 or more"),
         ("06_checks", "planted_steps", 0, "1 or more"),
         ("03_concept_training", "n_folds", 1, "2 or more"),
+        ("03_concept_training", "n_draws_others", 1, "2 or more"),
+        ("03_concept_training", "n_draws", 1, "2 or more"),
         ("03_concept_training", "n_fresh", -1, "0 or more"),
         ("01_nlp_shapley", "budgets", [], WHOLE),
         ("01_nlp_shapley", "budgets", [25, 0], WHOLE),
@@ -417,7 +419,7 @@ def test_runs_have_names_that_can_be_read_and_stay(collection, grid):
         ("parameters: {seed: [0, -1]}", "grid.yaml: parameter 'seed' of 01_first must be 0 or more, not -1"),
         (
             "parameters: {sets: [a, b]}",
-            "'sets' must be list, not 'a'; in a grid, each of its values is a list",
+            "'sets' must be list, not 'a', such as '[a]'; in a grid, each of its values is a list",
         ),
         (
             "notebooks: [01_frist]\nparameters: {seed: [1]}",

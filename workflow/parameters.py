@@ -190,7 +190,7 @@ def _check_value(notebook: str, name: str, value, kind: str) -> None:
     if not isinstance(value, TYPES.get(kind, object)) or (
         isinstance(value, bool) and kind in ("int", "float")
     ):
-        hint = "; in a grid, each of its values is a list of its own" if kind == "list" else ""
+        hint = f", such as '[{value}]'; in a grid, each of its values is a list" if kind == "list" else ""
         raise ValueError(f"parameter {name!r} must be {kind}, not {value!r}{hint}")
     at = (range for keys, range in RANGES.items() if re.fullmatch(keys, name) or keys == f"{notebook}.{name}")
     if not Draft202012Validator(allowed := next(at, {})).is_valid(value):
