@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -281,8 +282,10 @@ def method_points(
             axis.barh(place, value, color=colour, height=0.6, alpha=0.35)
         if intervals is not None:
             axis.hlines(place, *intervals.loc[method, ["low", "high"]], color="black", linewidth=1)
-        looks = {"marker": FAMILY_MARKS[family], "edgecolors": colour, "facecolors": inside}
-        axis.scatter(value, place, s=18, zorder=3, clip_on=False, **looks)
+        marker = FAMILY_MARKS[family]
+        axis.scatter(
+            value, place, s=18, zorder=3, clip_on=False, marker=marker, edgecolors=colour, facecolors=inside
+        )
     axis.set_yticks(range(len(order)), order, fontsize=7)
     axis.set_ylim(len(order) - 0.4, -0.6)
 
@@ -296,14 +299,15 @@ def family_legend(
 ) -> None:
     """Say beside a figure what the shapes mean of those families that are in it, and what `also` is."""
     present = {FAMILY.get(method, "gradient") for method in methods}
-    look = {"linestyle": "none", "markersize": 4.5}
-    handles = [
+    look: dict[str, Any] = {"linestyle": "none", "markersize": 4.5}
+    handles: list[Artist] = [
         Line2D([], [], marker=FAMILY_MARKS[name], color=FAMILY_COLORS[name], label=said, **look)
         for name, said in FAMILY_WORDS.items()
         if name in present
     ]
     handles += also
-    figure.legend(handles=handles, loc=f"outside {side} center", ncols=ncols, frameon=False, fontsize=7)
+    place: Any = f"outside {side} center"
+    figure.legend(handles=handles, loc=place, ncols=ncols, frameon=False, fontsize=7)
 
 
 def patch_heatmaps(
