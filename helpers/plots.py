@@ -318,6 +318,7 @@ def patch_heatmaps(
     overlay: bool = False,
     width: float = PAGE,
     fontsize: float = 6.5,
+    what: str = "attribution",
 ) -> tuple[plt.Figure, np.ndarray]:
     """Draw images as rows and methods as columns of patch heatmaps, all on one signed colour scale.
 
@@ -330,6 +331,7 @@ def patch_heatmaps(
               largest
     overlay   lay the maps over the image in grey, the more opaque the larger the value
     width     of the figure in inches; on a small screen letters are the larger the narrower it is
+    what      the maps show, for the label of the colour bar
 
     Zero is white and stays where it is; every patch is one flat square. The colour bar shows negative values
     only where there are some. Returns the figure and axes (rows, 1 + methods).
@@ -372,7 +374,7 @@ def patch_heatmaps(
         axis.set_title(name.replace(" ", "\n"), fontsize=fontsize)
     signed = [0, *(index for index, method in enumerate(methods, 1) if method not in unsigned)]
     against = any(np.min(maps[name]) < 0 for *_, maps in rows for name in methods if name not in unsigned)
-    said = f"attribution / largest |attribution| of the {'column' if shared else 'map'}"
+    said = f"{what} / largest |{what}| of the {'column' if shared else 'map'}"
     _bar_below(figure, axes[:, signed], SIGNED, -1, said, fontsize, -1 if against else 0)
     for method, unit in unsigned.items():
         _bar_below(figure, axes[:, 1 + methods.index(method)], UNSIGNED, 0, unit, fontsize)
