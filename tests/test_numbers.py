@@ -1,14 +1,16 @@
 """What README and the notebooks say of the committed run stands in the tables and results beside the figures.
 
-A paragraph that begins with "In the committed run" tells what came out. Each of its numbers must be found,
-rounded as it is written, in a line of figures/**/*.csv or under a key of results.json that its cell names.
-Other prose is true of every run, so it holds no decimal number that the notebook's code does not hold.
+A paragraph that begins with "In the committed run" tells what came out. For each of its numbers findings.csv
+names the cell of figures/**/*.csv, or the key of results.json, that it is read from; there it has to be found,
+rounded as it is written. Other prose is true of every run, so it holds no decimal number that the notebook's
+code does not hold.
 """
 
 import csv
 import json
 import re
 from functools import cache
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -16,7 +18,6 @@ import pytest
 from workflow.execute import FINDING
 from workflow.parameters import NOTEBOOKS, ROOT, notebook_default, notebook_names, notebook_parameters
 
-FIGURES = ROOT / "figures"
 LEFT_OUT = [
     *(r"```.*?```", r"`[^`]*`", r"\$\$.*?\$\$", r"\$[^$]*\$", r"\]\([^)]*\)", r"<[^>]+>", r"arXiv[: ]*\S+"),
     *(
@@ -27,32 +28,6 @@ LEFT_OUT = [
     *(r"^#+ .*?$", r"\b[A-Za-z]+-?\d+(?:-[A-Za-z]+)?\b", r"\b\d{3,4} ?(?:px|GiB|MiB)"),
 ]
 NUMBER = re.compile(r"(?<![\w.])([−-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?)(?=( ?%)?)(?![\w])")
-COMMON = {
-    "mean",
-    "low",
-    "high",
-    "method",
-    "set",
-    "sets",
-    "share",
-    "value",
-    "the",
-    "and",
-    "all",
-    "n",
-    "one",
-    "per",
-}
-
-
-def simple(text):
-    return re.sub(r"[^a-z0-9]", "", text.lower())
-
-
-def names(texts):
-    """Return what a line or key may be called by: each text whole, and its words."""
-    words = {simple(part) for text in texts for part in (text, *re.split(r"[^A-Za-z0-9]+", text))}
-    return {word for word in words if len(word) > 2 and not word.isdigit()} - COMMON
 
 
 def as_number(text):
@@ -63,27 +38,35 @@ def as_number(text):
 
 
 @cache
-def facts(folder):
-    """Return the (number, names) of every cell of a folder's tables and every value of its results."""
-    found = []
-    for path in sorted((FIGURES / folder).glob("*.csv")):
-        headers = {}
-        for row in csv.reader(path.open(encoding="utf8")):
-            told = [(place, as_number(cell), cell) for place, cell in enumerate(row)]
-            texts = [cell for _, number, cell in told if number is None and cell]
-            if len(texts) == len([cell for cell in row if cell]):
-                headers.update({place: [*headers.get(place, []), cell] for place, _, cell in told if cell})
-            lines = texts or [path.stem]
-            found += [(v, names([*lines, *headers.get(place, [])])) for place, v, _ in told if v is not None]
-    results = FIGURES / folder / "results.json"
-    stack = [(json.loads(results.read_text()), [])] if results.exists() else []
-    while stack:
-        part, keys = stack.pop()
-        if isinstance(part, dict | list):
-            pairs = part.items() if isinstance(part, dict) else enumerate(part)
-            stack += [(inner, [*keys, str(key)] if isinstance(part, dict) else keys) for key, inner in pairs]
-        elif isinstance(part, int | float) and not isinstance(part, bool):
-            found.append((float(part), names(keys)))
+def facts(file):
+    """Return {place: numbers} of a table, or of results, whose places are their keys.
+
+    A table's place is the words of its line, its whole numbers before, and the words above.
+    """
+    found = {}
+    path = ROOT / "figures" / file
+    if path.suffix == ".json":
+        stack = [(json.loads(path.read_text()), [])]
+        while stack:
+            part, keys = stack.pop()
+            if isinstance(part, dict | list):
+                pairs = part.items() if isinstance(part, dict) else enumerate(part)
+                stack += [(inner, [*keys, str(key)]) for key, inner in pairs]
+            elif isinstance(part, int | float) and not isinstance(part, bool):
+                found.setdefault(" / ".join(keys), []).append(float(part))
+        return found
+    above = {}
+    for row in csv.reader(path.open(encoding="utf8")):
+        values = [as_number(cell) for cell in row]
+        if not any(value is not None for value in values):
+            above.update({at: [*above.get(at, []), cell] for at, cell in enumerate(row) if cell})
+        words = [cell for cell, value in zip(row, values, strict=True) if value is None and cell]
+        counts = {at: f"{above.get(at, [''])[0]} {cell}" for at, cell in enumerate(row) if cell.isdigit()}
+        for at, value in enumerate(values):
+            if value is not None:
+                others = [said for place, said in counts.items() if place < at]
+                place = " / ".join([*words, *others, *above.get(at, [])])
+                found.setdefault(place, []).append(value)
     return found
 
 
@@ -99,27 +82,42 @@ def read_numbers(text):
     return found
 
 
-def agrees(value, decimals, percent, fact):
+def agrees(written, fact):
     """Whether a fact, rounded, is the number as written; signs are told in words as often as not."""
-    scales = (1, 100) if percent else (1,)
+    [(_, value, decimals, percent)] = read_numbers(written)
     half = 0.5 * 10.0**-decimals * (1 + 1e-9)
-    return any(abs(abs(fact) * scale - abs(value)) <= half for scale in scales)
+    return any(abs(abs(fact) * scale - abs(value)) <= half for scale in ((1, 100) if percent else (1,)))
 
 
-def unfounded(cell, paragraph, folders, free=()):
-    """Return the numbers of a paragraph that no line or key named in the cell holds."""
-    said, missing = simple(cell), []
-    for written, value, decimals, percent in read_numbers(paragraph):
-        if not percent and (value in free or (not decimals and abs(value) < 13)):
-            continue
-        known = (
-            agrees(value, decimals, percent, fact) and any(word in said for word in words)
-            for folder in folders
-            for fact, words in facts(folder)
-        )
-        if not any(known):
-            missing.append(written)
-    return missing
+def findings(text, free=()):
+    """Return the numbers of a text that need a source: all but small counts, and parameters (`free`)."""
+    return {
+        written
+        for written, value, decimals, percent in read_numbers(text)
+        if percent or (value not in free and (decimals or abs(value) >= 13))
+    }
+
+
+def sources(name):
+    """Return {number as written: [(file, place)]} of README, or of a notebook."""
+    lines = csv.DictReader((Path(__file__).parent / "findings.csv").open(encoding="utf8"))
+    found = {}
+    for line in lines:
+        if line["where"] == name:
+            found.setdefault(line["number"], []).append((line["file"], line["place"]))
+    return found
+
+
+def wrong_numbers(said, known):
+    """Return what is wrong: numbers without a source, sources that say another number, sources of none."""
+    wrong = [f"{number} has no source" for number in said - known.keys()]
+    wrong += [f"{number} is no longer said" for number in known.keys() - said]
+    for number, places in known.items():
+        for file, place in places:
+            there = facts(file).get(place, [])
+            if not any(agrees(number, value) for value in there):
+                wrong.append(f"{number} is not {there} in {file}, {place}")
+    return wrong
 
 
 def paragraphs(text):
@@ -138,16 +136,15 @@ def parameter_numbers(name):
     return {float(one) for one in flat if isinstance(one, int | float)}
 
 
+def told(name):
+    """Return the numbers of the findings of a notebook."""
+    parts = [part for cell in prose(name) for part in paragraphs(cell) if FINDING.match(part)]
+    return set().union(*(findings(part, parameter_numbers(name)) for part in parts))
+
+
 @pytest.mark.parametrize("name", notebook_names())
 def test_findings_of_the_committed_run_are_in_its_tables(name):
-    wrong = {}
-    for cell in prose(name):
-        others = [f for f in notebook_names() if re.search(rf"\b{f[:2]}\b", cell)]
-        folders = dict.fromkeys([name, *others, *(["networks"] if "network" in cell else [])])
-        for paragraph in filter(FINDING.match, paragraphs(cell)):
-            missing = unfounded(cell, paragraph, folders, parameter_numbers(name))
-            wrong |= {paragraph[:80]: missing} if missing else {}
-    assert not wrong
+    assert not wrong_numbers(told(name), sources(name))
 
 
 @pytest.mark.parametrize("name", notebook_names())
@@ -168,33 +165,31 @@ def test_other_prose_holds_no_number_of_a_run(name):
 def test_numbers_of_the_readme_are_in_the_tables():
     """Or in the paper's profile, or, of Python, in pyproject.toml."""
     text = (ROOT / "README.md").read_text(encoding="utf8")
-    sources = "workflow/profiles/paper.yaml", "pyproject.toml"
-    free = {float(n) for file in sources for n in re.findall(r"\b\d+(?:\.\d+)?\b", (ROOT / file).read_text())}
-    folders, wrong = [*notebook_names(), "networks"], {}
-    for section in re.split(r"^## ", text, flags=re.MULTILINE):
-        for paragraph in paragraphs(section):
-            missing = unfounded(section, paragraph, folders, free)
-            wrong |= {paragraph[:80]: missing} if missing else {}
-    assert not wrong and any(map(FINDING.match, paragraphs(text)))
+    files = "workflow/profiles/paper.yaml", "pyproject.toml"
+    free = {float(n) for file in files for n in re.findall(r"\b\d+(?:\.\d+)?\b", (ROOT / file).read_text())}
+    assert not wrong_numbers(findings(text, free), sources("README"))
+    assert any(map(FINDING.match, paragraphs(text)))
 
 
 @pytest.mark.parametrize(
     "said, wrong",
     [
-        ("attention .653 and plain .977", []),
-        ("attention .654", [".654"]),
-        ("a miss of .653", [".653"]),
-        ("attention 65 %", []),
-        ("attention 66 %", ["66 %"]),
-        ("attention −.65, in section 4.3, Figure 4.1, 2025, and `0.123`", []),
-        ("attention on 960 images", ["960"]),
-        ("plain attention on 12 layers", []),
+        ("0.65, in section 4.3, Figure 4.1, 2025, and `0.123`, of 12 layers", []),
+        ("65 %", []),
+        ("0.66", ["0.66 has no source", "0.65 is no longer said"]),
+        ("960 and 0.65", ["960 has no source"]),
     ],
 )
-def test_a_number_counts_only_where_its_line_is_named(said, wrong, tmp_path, monkeypatch):
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "truth.csv").write_text("average,AUC\nattention,0.652778\nplain,0.976852\n")
-    monkeypatch.setattr("test_numbers.FIGURES", tmp_path)
+def test_a_number_needs_its_own_source(said, wrong, tmp_path, monkeypatch):
+    (tmp_path / "figures" / "one").mkdir(parents=True)
+    (tmp_path / "figures" / "one" / "truth.csv").write_text(
+        "average,layer,AUC\nattention,3,0.652778\nplain,3,0.97\n"
+    )
+    monkeypatch.setattr("test_numbers.ROOT", tmp_path)
     facts.cache_clear()
-    assert unfounded(said, said, ["one"]) == wrong
+    place = "one/truth.csv", "attention / layer 3 / AUC"
+    known = {"65 %" if "%" in said else "0.65": [place]}
+    assert wrong_numbers(findings(said), known) == wrong
+    [said_of_plain] = wrong_numbers({"0.65"}, {"0.65": [("one/truth.csv", "plain / layer 3 / AUC")]})
+    assert said_of_plain.startswith("0.65 is not [0.97]")
     facts.cache_clear()
