@@ -1,7 +1,7 @@
 """What README and the notebooks say of the committed run stands in the tables and results beside the figures.
 
 A paragraph that begins with "In the committed run" tells what came out. For each of its numbers findings.csv
-names the cell of figures/**/*.csv, or the key of results.json, that it is read from; there it has to be found,
+names the cell of figures/**/*.csv, or the key of results.json, that it is read from; it has to be there,
 rounded as it is written. Other prose is true of every run, so it holds no decimal number that the notebook's
 code does not hold.
 """

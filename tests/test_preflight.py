@@ -177,10 +177,10 @@ def test_all_findings_are_told_in_one_error_with_where_each_is_asked_for(hub, tm
     known = f"use one of {', '.join(SENTENCE_SETS)}, a hub id or a folder"
     bare_text, bare_image = "tokenizer files (tokenizer.json or vocab.txt)", "preprocessor_config.json"
     expected = {
-        "folder nowhere (targets_dir of 04)": "does not exist",
+        "folder nowhere (targets_dir of 04)": "does not exist; give a folder",
         f"image model {bare} (image_model_id of 05)": BARE + bare_image,
         "image model google/vit-base-patch61-224 (model_id of 04)": nowhere,
-        "set a/b/c (sets of 01)": "does not exist",
+        "set a/b/c (sets of 01)": "does not exist; give a folder, or a hub id",
         "set fancyzhe/ag_news (text_set of 04)": nowhere,
         "set moveis (sets of 01)": f"is unknown; did you mean 'movies'? {known}",
         "set stanfordnlp/imdb (sets of 01)": gated.format(f"{hub[0]}/datasets/stanfordnlp/imdb"),
@@ -193,7 +193,24 @@ def test_all_findings_are_told_in_one_error_with_where_each_is_asked_for(hub, tm
     assert lines[10].startswith(
         "  text model some/pickled (model_ids of 01, model_ids of 05) has no model.safe"
     )
-    assert "python data/paper_images.py" in lines[-1] and len(lines) == 13
+    assert len(lines) == 12
+
+
+def test_only_the_papers_folders_bring_the_advice_how_to_gather_them(no_hub):
+    assert "python data/paper_images.py" in refused({"02": {"images_dir": "data/cache/paper/nothing"}})
+    assert "paper_images" not in refused({"02": {"images_dir": "nowhere"}})
+
+
+def test_images_and_files_in_place_of_folders_are_told(no_hub, tmp_path):
+    (tmp_path / "one.png").touch()
+    (tmp_path / "set.csv").touch()
+    at_hand = {"images": [str(tmp_path / "one.png"), str(tmp_path)]}
+    check_at_hand({"00": at_hand})
+    said = refused(
+        {"00": {"images": [str(tmp_path / "two.png")]}, "01": {"sets": [str(tmp_path / "set.csv")]}}
+    )
+    assert f"image {tmp_path}/two.png (images of 00) does not exist; give files, or folders of them" in said
+    assert f"set {tmp_path}/set.csv (sets of 01) is a file; give the folder that it is in" in said
 
 
 def test_recipe_converts_pickled_weights_into_a_folder_that_loads(hub, root, tmp_path, monkeypatch):

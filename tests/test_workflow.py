@@ -546,6 +546,10 @@ def test_findings_of_the_committed_run_are_left_out_of_other_runs(project, quick
     [
         (["run", "--profile", "nowhere"], "profile 'nowhere' does not exist"),
         (["run", "--only", "01_frist"], "did you mean '01_first'"),
+        (
+            ["run", "--only", "01_first", "02_second"],
+            "what is '02_second' for? Each notebook needs an --only",
+        ),
         (["run", "-p", "n_sample", "8"], "did you mean 'n_samples'"),
         (["run", "-p", "n_samples", "eight"], "parameter 'n_samples' must be int, not 'eight'"),
         (["run", "-p", "sets", "[a"], "value '[a' is not valid YAML"),

@@ -76,6 +76,8 @@ def run(
     off, the same command does the rest.
     """
     with one_line_errors():
+        if more and not more[0].startswith("-"):
+            raise ValueError(f"what is {more[0]!r} for? Each notebook needs an --only, each parameter a -p")
         overrides = {name: read_value(value) for name, value in pairs}
         runs = {".": {"plan": plan_run(profile, list(only), overrides), "varied": overrides}}
         key = hashlib.sha256(json.dumps(overrides, sort_keys=True, default=str).encode()).hexdigest()[:8]

@@ -11,13 +11,14 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import get_session
 
-from helpers.paths import HUB_SETS, SENTENCE_SETS, local_folder
+from helpers.paths import HUB_SETS, SENTENCE_SETS, local_folder, local_path
 
 NAMED = {  # what parameters of notebooks name
     r"00_quickstart\.model_id|model_ids|text_model_id": "text model",
     "model_id|image_model_id": "image model",
     "sets|text_set|domains": "set",
     "(images|concepts|targets)_dir": "folder",
+    "images": "image",
 }
 READERS = {  # what comes with the weights of a model: its two loaders, files of the second, and their names
     "text model": (
@@ -68,7 +69,7 @@ def check_at_hand(plan: dict[str, dict]) -> None:
             f"\n  {kind} {name} ({', '.join(asked[kind, name])}) {wrong[kind, name]}" for kind, name in wrong
         ]
         advice = UNREACHABLE.format(closed) if closed and missing else ""
-        if any(kind == "folder" for kind, _ in wrong):
+        if any(kind == "folder" and "cache/paper" in name for kind, name in wrong):
             advice += "\nThe images of the paper profile are gathered by `python data/paper_images.py`"
         error = ConnectionError if set(wrong.values()) == {AWAY} else FileNotFoundError
         raise error(f"{len(wrong)} of {len(asked)} names cannot be used:{''.join(found)}{advice}")
@@ -91,15 +92,19 @@ def _is_of_hub(kind: str, name: str) -> bool:
     """Return whether a name is a hub id, by its looks, and no folder of that name is here."""
     is_path = name.startswith((".", "/", "~", "data/")) or name.count("/") > 1
     is_bare_set = kind == "set" and "/" not in name
-    return kind != "folder" and not (is_path or is_bare_set or local_folder(name))
+    return kind not in ("folder", "image") and not (is_path or is_bare_set or local_folder(name))
 
 
 def _wrong_here(kind: str, name: str) -> str:
     """Return what is wrong with a name that no hub is asked for, or nothing."""
+    if kind == "image":
+        return "" if local_path(name).exists() else "does not exist; give files, or folders of them"
     if folder := local_folder(name):
         return _lacking(kind, name, _files(folder))
+    if local_path(name).is_file():
+        return "is a file; give the folder that it is in"
     if kind != "set" or "/" in name:
-        return "does not exist"
+        return "does not exist; give a folder" + ("" if kind == "folder" else ", or a hub id")
     near = get_close_matches(name, SENTENCE_SETS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     known = f"{hint}use one of {', '.join(SENTENCE_SETS)}, a hub id or a folder"
