@@ -56,16 +56,18 @@ def facts(file):
                 found.setdefault(" / ".join(keys), []).append(float(part))
         return found
     above = {}
-    for row in csv.reader(path.open(encoding="utf8")):
+    for line, row in enumerate(csv.reader(path.open(encoding="utf8"))):
         values = [as_number(cell) for cell in row]
-        if not any(value is not None for value in values):
+        if line == 0 or not row[0] or not any(value is not None for value in values):
             above.update({at: [*above.get(at, []), cell] for at, cell in enumerate(row) if cell})
+            continue
         words = [cell for cell, value in zip(row, values, strict=True) if value is None and cell]
         counts = {at: f"{above.get(at, [''])[0]} {cell}" for at, cell in enumerate(row) if cell.isdigit()}
         for at, value in enumerate(values):
             if value is not None:
                 others = [said for place, said in counts.items() if place < at]
-                place = " / ".join([*words, *others, *above.get(at, [])])
+                names = [word for word in words if "[" not in word]  # no intervals, which are numbers too
+                place = " / ".join([*names, *others, *above.get(at, [])])
                 found.setdefault(place, []).append(value)
     return found
 
@@ -86,7 +88,7 @@ def agrees(written, fact):
     """Whether a fact, rounded, is the number as written; signs are told in words as often as not."""
     [(_, value, decimals, percent)] = read_numbers(written)
     half = 0.5 * 10.0**-decimals * (1 + 1e-9)
-    return any(abs(abs(fact) * scale - abs(value)) <= half for scale in ((1, 100) if percent else (1,)))
+    return abs(abs(fact) * (100 if percent else 1) - abs(value)) <= half
 
 
 def findings(text, free=()):
