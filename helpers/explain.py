@@ -72,18 +72,20 @@ def decide(model, inputs, wanted: str = "") -> tuple[torch.Tensor, torch.Tensor,
 
 
 def describe_reference(
-    model, inputs, players: torch.Tensor, chosen, names: Sequence[str], method: str = BEST
-):
+    model, inputs, players: torch.Tensor, chosen, method: str = BEST, names: Sequence[str] = ()
+) -> list[str]:
     """Return lines that say what a model calls the average words, or patches, which BEST compares with.
 
     chosen  explained class of each input, from `decide`
-    names   of the inputs; those with the same classes share a line
+    names   of the inputs, or their paths; else they are numbered. Those with the same classes share a line
 
     One forward pass. Other methods compare with no other input: for them the list is empty.
     """
     if method != BEST:
         return []
-    what, labels = "patches" if "pixel_values" in inputs else "words", model.config.id2label
+    kind, what = ("image", "patches") if "pixel_values" in inputs else ("text", "words")
+    names = [Path(name).name for name in names] or [f"{kind} {row}" for row in range(len(players))]
+    labels = model.config.id2label
     p = reference_logits(model, inputs, players).softmax(-1).cpu()
     alike: dict[tuple[int, int], list[int]] = {}
     for row, pair in enumerate(zip(p.argmax(-1).tolist(), chosen.tolist(), strict=True)):
@@ -104,11 +106,14 @@ def _range(shares: torch.Tensor) -> str:
     return " to ".join(dict.fromkeys(f"{float(share):.2f}" for share in (shares.min(), shares.max())))
 
 
-def gather_images(places: Sequence[str], n_images: int, seed: int = 0) -> tuple[dict[str, Image.Image], int]:
-    """Read files, and folders of files, as {path: RGB image}, `n_images` of them at most; of how many files.
+def gather_images(
+    places: Sequence[str], n_images: int, seed: int = 0
+) -> tuple[dict[str, Image.Image], list[str]]:
+    """Read files, and folders of files, as {path: RGB image}, `n_images` of them at most.
 
-    Of a folder they are drawn as in `load_images`. Raises ValueError for n_images that is no whole number
-    from 1, FileNotFoundError for what does not exist.
+    Returns them, and a line that says of how many, if there are more. Of a folder they are drawn as in
+    `load_images`. Raises ValueError for n_images that is no whole number from 1, FileNotFoundError for what
+    does not exist.
     """
     if type(n_images) is not int or n_images < 1:
         raise ValueError(f"n_images must be a whole number from 1, not {n_images!r}")
@@ -126,7 +131,10 @@ def gather_images(places: Sequence[str], n_images: int, seed: int = 0) -> tuple[
         else:
             found[place] = read_image(path)
             named.add(place)
-    return dict(list(found.items())[:n_images]), len(named)
+    shown, notes = dict(list(found.items())[:n_images]), []
+    if len(shown) == n_images < len(named):
+        notes.append(f"{n_images} of {len(named)} files are shown and used; `n_images` says how many.")
+    return shown, notes
 
 
 def _is_hidden(file: Path) -> bool:
@@ -142,7 +150,7 @@ def show_form(model, tokenizer, text: str) -> None:
             probabilities, chosen, _ = decide(model, inputs, wanted)
             players = token_players(inputs, tokenizer)
             values = explain(model, inputs, players, chosen, method)[0].cpu()
-            compared = describe_reference(model, inputs, players, chosen, ["colours"], method)
+            compared = describe_reference(model, inputs, players, chosen, method, ["colours"])
         except ValueError as error:
             print(error)
             return

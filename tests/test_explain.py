@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -83,24 +84,24 @@ def test_the_reference_is_named_with_its_class_for_the_method_that_has_one(model
     called = by_hand.argmax(-1)
     others = (called + 1) % 3
     labels = model.config.id2label
-    lines = describe_reference(model, inputs, players, others, names)
+    lines = describe_reference(model, inputs, players, others, BEST, names)
     assert sum(line.split(":")[0].count("text") for line in lines) == len(SENTENCES)
     for row, name in enumerate(names):
         [line] = [line for line in lines if name in line.split(":")[0]]
-        shares = by_hand[row, called[row]], by_hand[row, others[row]]
         assert f"average words, which this model calls {labels[int(called[row])]} (" in line
         assert f", not {labels[int(others[row])]} (" in line and "already" not in line
-        assert line.count(name) > 1 or all(f"{share:.2f}" in line for share in shares if "," not in name)
-    alone = describe_reference(model, inputs, players, called, names)
+        shares = [float(share) for share in re.findall(r"\d\.\d\d", line)]
+        assert min(shares) - 0.006 < by_hand[row, called[row]] < max(shares) + 0.006
+    alone = describe_reference(model, inputs, players, called, BEST, names)
     assert all("already calls" in line and "moves the decision away from it" in line for line in alone)
     one = {name: part[:1] for name, part in inputs.items()}
-    [line] = describe_reference(model, one, players[:1], others[:1], names[:1])
+    [line] = describe_reference(model, one, players[:1], others[:1])
     first, second = (f"{by_hand[0, at[0]]:.2f}" for at in (called, others))
     assert line == (
         f"text 0: compared with average words, which this model calls {labels[int(called[0])]} ({first}), "
         f"not {labels[int(others[0])]} ({second})."
     )
-    assert [describe_reference(model, inputs, players, called, names, m) for m in METHODS[1:]] == [[]] * 7
+    assert [describe_reference(model, inputs, players, called, m) for m in METHODS[1:]] == [[]] * 7
 
 
 def test_the_reference_of_an_image_is_its_average_patch(image_model):
@@ -112,8 +113,11 @@ def test_the_reference_of_an_image_is_its_average_patch(image_model):
     by_hand = image_model(**inputs).logits
     hook.remove()
     torch.testing.assert_close(reference_logits(image_model, inputs, players), by_hand)
-    found = describe_reference(image_model, inputs, players, by_hand.argmax(-1), ["one.png", "two.png"])
+    found = describe_reference(
+        image_model, inputs, players, by_hand.argmax(-1), BEST, ["one.png", "my/two.png"]
+    )
     assert "average patches" in found[0] and "one.png" in found[0] and "two.png" in found[-1]
+    assert "my/" not in found[-1]
     assert not image_model.get_input_embeddings()._forward_hooks
 
 
@@ -122,13 +126,14 @@ def test_images_of_files_and_folders(tmp_path):
     for number, name in enumerate(("one.png", "folder/two.png", "folder/three.jpg")):
         Image.new("RGB", (8 + number, 8), "red").save(tmp_path / name)
     places = [f"{tmp_path}/one.png", f"{tmp_path}/folder/"]
-    found, total = gather_images(places, 9)
+    found, notes = gather_images(places, 9)
     assert [image.width for image in found.values()] == [8, 10, 9]  # a folder's by name
     assert list(found) == [f"{tmp_path}/{name}" for name in ("one.png", "folder/three.jpg", "folder/two.png")]
-    assert total == 3 and gather_images([], 2) == ({}, 0)
+    assert not notes and gather_images([], 2) == ({}, [])
     (tmp_path / "folder/.hidden").touch()
-    shown, total = gather_images([*places, places[0]], 2)
-    assert (len(shown), total) == (2, 3), "how many there are is to be said"
+    shown, notes = gather_images([*places, places[0]], 2)
+    assert len(shown) == 2 and notes == ["2 of 3 files are shown and used; `n_images` says how many."]
+    assert len(gather_images(places, 3)[0]) == 3 and not gather_images(places, 3)[1]
     with pytest.raises(FileNotFoundError, match="image 'nowhere.png' does not exist"):
         gather_images(["nowhere.png"], 9)
 
