@@ -7,18 +7,21 @@ import subprocess
 import sys
 
 import ipywidgets
+import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES
 from PIL import Image
 
 from helpers.attention import read_attention
+from helpers.concept_world import draw_scenes
 from helpers.explain import BEST, METHODS, decide, describe_reference, explain, gather_images, show_form
 from helpers.images import patch_players
 from helpers.paths import PROJECT_ROOT
 from helpers.relevance import gradient_times_input, reference_logits
 from helpers.shapley import best_attention_game, shapley_attributions
 from helpers.text import encode, token_players
+from workflow.execute import complete_notebook
 from workflow.parameters import NOTEBOOKS, RANGES
 
 
@@ -243,3 +246,19 @@ def test_make_refuses_a_blank_sentence_before_anything_runs(
         monkeypatch.setenv("TEXT", text)
     said, asked = make_quickstart(*([] if by_environment else [f"TEXT={text}"]))
     assert said.returncode and not asked and 'TEXT is blank; make quickstart TEXT="your ' in said.stderr
+
+
+@pytest.mark.slow
+def test_quick_start_says_what_of_several_images_it_shows_and_scores(tmp_path):
+    scenes = draw_scenes(3, 0, ["zebra", "van", "zebra"], size=112).images
+    places = [f"{tmp_path}/{number}.png" for number in range(3)]
+    for place, scene in zip(places, scenes, strict=True):
+        Image.fromarray(np.asarray(scene)).save(place)
+    own = {"images": places, "n_images": 2, "n_concept": 8, "n_random": 9}
+    complete_notebook("00_quickstart", own, tmp_path)
+    cells = json.loads((tmp_path / "notebooks/00_quickstart.ipynb").read_text(encoding="utf8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", []) if "data" in output]
+    said = "\n".join("".join(output["data"].get("text/markdown", "")) for output in outputs)
+    assert "text 0: compared with average words, which this model calls " in said
+    assert "0.png" in said and ": compared with average patches, which this model " in said
+    assert "2 of 3 files are shown" in said and "on 1 of 2 images, those with this class, " in said
