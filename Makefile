@@ -3,18 +3,26 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: figures quickstart networks test check lab report benchmark lock clean
+.PHONY: figures quickstart sentence networks test check lab report benchmark lock clean
 .DEFAULT_GOAL := figures
 
 figures: $(VENV)/ready  ## all notebooks on the default profile, published when all of them are finished
 	$(BIN)/attention run --profile default
 
 quickstart: export SENTENCE := $(value TEXT)
-quickstart: $(VENV)/ready  ## make quickstart TEXT="…" explains a sentence on a page, which it names
+quickstart: export GIVEN := $(origin TEXT)
+quickstart: sentence $(VENV)/ready  ## make quickstart TEXT="…" explains a sentence on a page, which it names
 	@texts=$$($(BIN)/python -c 'import json, os; print(json.dumps([os.environ["SENTENCE"]]))') && \
 	$(BIN)/attention run --only 00_quickstart --output runs/quickstart --force $${SENTENCE:+-p texts "$$texts"}
 	@$(BIN)/attention report runs/quickstart > /dev/null
 	@echo "the page: $(CURDIR)/runs/quickstart/report/00_quickstart.html"
+
+sentence:
+	@case "$$GIVEN" in \
+	undefined) echo "no TEXT: the two example sentences are explained" ;; \
+	*) printf %s "$$SENTENCE" | grep -q '[^[:space:]]' || \
+	{ echo 'TEXT is blank; make quickstart TEXT="your sentence", or no TEXT for two examples' >&2; exit 1; } ;; \
+	esac
 
 networks: $(VENV)/ready  ## which conclusions hold on which networks, about a quarter of an hour; notebook 05 shows it
 	$(BIN)/attention sweep workflow/grids/networks.yaml

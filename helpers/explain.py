@@ -4,6 +4,7 @@ a form.
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 import ipywidgets
 import numpy as np
@@ -19,7 +20,7 @@ from helpers.images import load_images, read_image
 from helpers.labels import find_class
 from helpers.models import check_explainable
 from helpers.paths import local_path
-from helpers.relevance import gradient_times_input
+from helpers.relevance import gradient_times_input, reference_logits
 from helpers.shapley import ATTRIBUTIONS, best_attention_game, shapley_attributions
 from helpers.text import encode, token_players, word_groups
 
@@ -70,22 +71,74 @@ def decide(model, inputs, wanted: str = "") -> tuple[torch.Tensor, torch.Tensor,
     return probabilities, chosen, torch.where(chosen == first, second, first)
 
 
-def gather_images(places: Sequence[str], n_images: int, seed: int = 0) -> dict[str, Image.Image]:
+def describe_reference(
+    model, inputs, players: torch.Tensor, chosen, method: str = BEST, names: Sequence[str] = ()
+) -> list[str]:
+    """Return lines that say what a model calls the average words, or patches, which BEST compares with.
+
+    chosen  explained class of each input, from `decide`
+    names   of the inputs, or their paths; else they are numbered. Those with the same classes share a line
+
+    One forward pass. Other methods compare with no other input: for them the list is empty.
+    """
+    if method != BEST:
+        return []
+    kind, what = ("image", "patches") if "pixel_values" in inputs else ("text", "words")
+    names = [Path(name).name for name in names] or [f"{kind} {row}" for row in range(len(players))]
+    labels = model.config.id2label
+    p = reference_logits(model, inputs, players).softmax(-1).cpu()
+    alike: dict[tuple[int, int], list[int]] = {}
+    for row, pair in enumerate(zip(p.argmax(-1).tolist(), chosen.tolist(), strict=True)):
+        alike.setdefault(pair, []).append(row)
+    lines = []
+    for (called, explained), rows in alike.items():
+        line = f"{', '.join(names[row] for row in rows)}: compared with average {what}, which this model "
+        if called == explained:
+            line += f"already calls {labels[called]} ({_range(p[rows, called])}), as explained; values tell "
+            lines.append(line + "what moves the decision away from it, not what makes it.")
+        else:
+            line += f"calls {labels[called]} ({_range(p[rows, called])}), not {labels[explained]} "
+            lines.append(line + f"({_range(p[rows, explained])}).")
+    return lines
+
+
+def _range(shares: torch.Tensor) -> str:
+    return " to ".join(dict.fromkeys(f"{float(share):.2f}" for share in (shares.min(), shares.max())))
+
+
+def gather_images(
+    places: Sequence[str], n_images: int, seed: int = 0
+) -> tuple[dict[str, Image.Image], list[str]]:
     """Read files, and folders of files, as {path: RGB image}, `n_images` of them at most.
 
-    Of a folder they are drawn as in `load_images`. Raises FileNotFoundError for what does not exist.
+    Returns them, and a line that says of how many, if there are more. Of a folder they are drawn as in
+    `load_images`. Raises ValueError for n_images that is no whole number from 1, FileNotFoundError for what
+    does not exist.
     """
+    if type(n_images) is not int or n_images < 1:
+        raise ValueError(f"n_images must be a whole number from 1, not {n_images!r}")
     found: dict[str, Image.Image] = {}
+    named: set[str] = set()
     for place in places:
         path = local_path(place)
         if not path.exists():
             raise FileNotFoundError(f"image {place!r} does not exist; give files, or folders of them")
         if path.is_dir():
-            inside = load_images(path, n_images, seed)
-            found |= {f"{place.rstrip('/')}/{name}": image for name, image in inside.items()}
+            inside, folder = load_images(path, n_images, seed), place.rstrip("/")
+            found |= {f"{folder}/{name}": image for name, image in inside.items()}
+            files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+            named |= {f"{folder}/{file.as_posix()}" for file in files if not _is_hidden(file)}
         else:
             found[place] = read_image(path)
-    return dict(list(found.items())[:n_images])
+            named.add(place)
+    shown, notes = dict(list(found.items())[:n_images]), []
+    if len(shown) == n_images < len(named):
+        notes.append(f"{n_images} of {len(named)} files are shown and used; `n_images` says how many.")
+    return shown, notes
+
+
+def _is_hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
 
 
 def show_form(model, tokenizer, text: str) -> None:
@@ -97,12 +150,14 @@ def show_form(model, tokenizer, text: str) -> None:
             probabilities, chosen, _ = decide(model, inputs, wanted)
             players = token_players(inputs, tokenizer)
             values = explain(model, inputs, players, chosen, method)[0].cpu()
+            compared = describe_reference(model, inputs, players, chosen, method, ["colours"])
         except ValueError as error:
             print(error)
             return
         words, places = zip(*word_groups(inputs, 0, text), strict=True)
         print(f"{model.config.id2label[int(chosen)]}: probability {probabilities[0, int(chosen)]:.2f}")
         display(HTML(coloured_words(words, [float(values[at].sum()) for at in places])))
+        print(*compared, sep="\n", end="\n" * len(compared))
 
     labels = {name: name for name in model.config.id2label.values()}
     classes = {"predicted": "", RUNNER_UP: RUNNER_UP, **labels}

@@ -115,6 +115,21 @@ def contrast_relevance(model, inputs, players: torch.Tensor, target=None) -> tor
     return relevance
 
 
+def reference_logits(model, inputs, players: torch.Tensor) -> torch.Tensor:
+    """Return the logits (batch, classes) of the pass that `contrast_relevance` compares with.
+
+    One forward pass without gradients. Raises ValueError for players that do not fit.
+    """
+    check_explainable(model, inputs)
+    check_players(players)
+    handle = model.get_input_embeddings().register_forward_hook(_averaged(model, players))
+    try:
+        with torch.no_grad():
+            return model(**inputs).logits
+    finally:
+        handle.remove()
+
+
 @contextmanager
 def start_at_embeddings(model):
     """Let the graph of the enclosed pass start at the word or patch embeddings.

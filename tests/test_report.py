@@ -41,8 +41,9 @@ PROBE = """<script>addEventListener("load", () => {
     flat: [...document.querySelectorAll("math")]
       .filter(formula => !formula.getBoundingClientRect().width).length,
     loaded: performance.getEntriesByType("resource").map(entry => entry.name),
-    code: inputs(),
   };
+  if (document.getElementById("hide-code")?.checked) document.getElementById("hide-code").click();
+  seen.code = inputs();
   const first = document.querySelector(".input pre")?.textContent.split("\\n")[0];
   document.getElementById("hide-code")?.click();
   seen.hidden = inputs();
@@ -240,8 +241,28 @@ def test_code_can_be_hidden_without_prose_and_outputs(pages):
         page = pages[f"{name}.html"]
         [control] = page.select("label input[type=checkbox]#hide-code")
         assert control.parent.get_text().strip() == "Hide code"
+        assert control.has_attr("checked") == (name == "00_quickstart")  # whose reader asks for the answer
         assert len(page.select(".input pre")) > (5 if name == "00_quickstart" else 10)
         assert not page.select(".input img, .input table, .input .formula, .input .text_cell")
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium here")
+@pytest.mark.parametrize(
+    ("place", "is_shown"),
+    [
+        ("00_quickstart.html", False),
+        ("00_quickstart.html#figure-0.1", False),
+        ("00_quickstart.html#parameters", True),
+        ("01_nlp_shapley.html", True),
+    ],
+)
+def test_quick_start_hides_its_code_at_first_unless_a_link_leads_to_it(edition, tmp_path, place, is_shown):
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    dumped = subprocess.run(
+        [BROWSER, *options, f"{edition.as_uri()}/{place}"], capture_output=True, text=True, timeout=120
+    ).stdout
+    code = BeautifulSoup(dumped, "html.parser").select(".input")
+    assert code and {cell.get("hidden") for cell in code} == {None if is_shown else "until-found"}
 
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium here")
