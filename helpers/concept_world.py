@@ -144,6 +144,22 @@ def draw_concept_images(concept, n_images, seed=0, size=SIZE):
     return images
 
 
+def check_drawable(names, what, parameter):
+    """Raise ValueError, with the way out, unless all of these can be drawn: `what` is "class" or "concept".
+
+    parameter: the one that gives the names, for the error.
+    """
+    known, place = {
+        "class": (CLASSES, "targets_dir"),
+        "concept": ((*CONCEPTS, *COLOURED_TEXTURES), "concepts_dir"),
+    }[what]
+    for name in names:
+        try:
+            _known(name, known, what)
+        except ValueError as error:
+            raise ValueError(f"{parameter}: {error}; for images of your own give {place}") from None
+
+
 # Painting. Functions that take a generator draw for a whole batch, however many images of it are wanted.
 
 

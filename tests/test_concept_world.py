@@ -380,6 +380,17 @@ def test_unknown_names():
             world.draw_scenes(1, labels=[index])
 
 
+def test_names_that_cannot_be_drawn_are_told_with_the_parameter_and_the_way_out():
+    world.check_drawable(["red", "random", "red striped"], "concept", "concepts")
+    world.check_drawable(world.CLASSES, "class", "targets")
+    said = "concepts: unknown concept 'boxy'.*zigzagged.*for images of your own give concepts_dir"
+    with pytest.raises(ValueError, match=said):
+        world.check_drawable(["red", "boxy"], "concept", "concepts")
+    said = "targets: unknown class 'circle'.*zebra.*for images of your own give targets_dir"
+    with pytest.raises(ValueError, match=said):
+        world.check_drawable(["circle"], "class", "targets")
+
+
 def test_bad_labels_and_decoys():
     with pytest.raises(ValueError, match="1 labels were given for 2 images"):
         world.draw_scenes(2, labels=["van"])
