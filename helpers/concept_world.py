@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from helpers.images import check_folders
+
 SIZE = 64  # pixels a side by default, and the length that all others are given in
 BATCH = 64  # images drawn at once, by one generator: image i does not depend on how many are drawn
 CLASSES = (
@@ -144,18 +146,19 @@ def draw_concept_images(concept, n_images, seed=0, size=SIZE):
     return images
 
 
-def check_drawable(names, what, parameter):
-    """Raise ValueError, with the way out, unless all of these can be drawn: `what` is "class" or "concept".
+def check_names(parameter, names, folder="", what="concept"):
+    """Raise ValueError, with the way out, unless the folder has images of all names, or all can be drawn.
 
     parameter: the one that gives the names, for the error.
+    what: "concept" or "class".
     """
-    known, place = {
-        "class": (CLASSES, "targets_dir"),
-        "concept": ((*CONCEPTS, *COLOURED_TEXTURES), "concepts_dir"),
-    }[what]
+    place = {"concept": "concepts_dir", "class": "targets_dir"}[what]
+    if folder:
+        check_folders(folder, names, parameter, place)
+        return
     for name in names:
         try:
-            _known(name, known, what)
+            _known(name, CLASSES if what == "class" else (*CONCEPTS, *COLOURED_TEXTURES), what)
         except ValueError as error:
             raise ValueError(f"{parameter}: {error}; for images of your own give {place}") from None
 

@@ -25,7 +25,8 @@ def find_class(model, label: str, parameter: str = "") -> int:
     near = [synonyms[form] for form in get_close_matches(_plain(label), synonyms, n=5)]
     near = [labels[number] for number in sorted(found)] or list(dict.fromkeys(near)) or list(labels.values())
     raise ValueError(
-        f"{parameter}{': ' if parameter else ''}label {label!r} is {'several' if found else 'none'} of this model's {len(labels)} labels; "
+        f"{parameter}{': ' if parameter else ''}label {label!r} is {'several' if found else 'none'} "
+        f"of this model's {len(labels)} labels; "
         f"did you mean {' or '.join(map(repr, near[:5]))}?"
     )
 
