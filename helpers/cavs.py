@@ -121,6 +121,12 @@ def fit_random_cavs(
     return joined
 
 
+def equal_draws(cavs: Cavs) -> np.ndarray:
+    """Return bool (layers, concepts): whether all draws are one vector, so that their scores cannot vary."""
+    vectors = cavs.vectors.astype(np.float64)
+    return ((vectors * vectors[:, :, :1]).sum(-1) > 1 - 1e-6).all(-1)
+
+
 def cav_accuracies(
     activations: Mapping[str, Activations],
     n_folds: int = 5,
@@ -332,8 +338,9 @@ def _check_draws(activations: Mapping[str, Activations], random: Activations | N
                 "add images, or keep fewer of the concept's"
             )
         if n_others == n_images and n_draws > 1:
+            way_out = "give a third concept" if random is None else "give more random images"
             warnings.warn(
                 f"concept {concept!r} has as many images to contrast with as its own {n_images}, "
-                f"so its {n_draws} draws are all equal",
+                f"so its {n_draws} draws are all equal; {way_out}",
                 stacklevel=4,
             )

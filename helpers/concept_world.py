@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from helpers.images import check_folders
+
 SIZE = 64  # pixels a side by default, and the length that all others are given in
 BATCH = 64  # images drawn at once, by one generator: image i does not depend on how many are drawn
 CLASSES = (
@@ -142,6 +144,23 @@ def draw_concept_images(concept, n_images, seed=0, size=SIZE):
     for batch, rng in _batches(n_images, seed, stream=1 + concepts.index(concept)):
         images[batch] = _to_bytes(_paint_concept(rng, size, kind, *colour))[: batch.stop - batch.start]
     return images
+
+
+def check_names(parameter, names, folder="", what="concept"):
+    """Raise ValueError, with the way out, unless the folder has images of all names, or all can be drawn.
+
+    parameter: the one that gives the names, for the error.
+    what: "concept" or "class".
+    """
+    place = {"concept": "concepts_dir", "class": "targets_dir"}[what]
+    if folder:
+        check_folders(folder, names, parameter, place)
+        return
+    for name in names:
+        try:
+            _known(name, CLASSES if what == "class" else (*CONCEPTS, *COLOURED_TEXTURES), what)
+        except ValueError as error:
+            raise ValueError(f"{parameter}: {error}; for images of your own give {place}") from None
 
 
 # Painting. Functions that take a generator draw for a whole batch, however many images of it are wanted.

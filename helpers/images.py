@@ -84,16 +84,34 @@ def load_image_folder(
         raise ValueError(
             f"at least {min_images} images of each folder are needed, more than the {max_images} asked for"
         )
+    chosen = [path for path in _named_folders(folder) if names is None or path.name in names]
+    return {
+        path.name: list(_read_images(path, _files(path), min_images, max_images).values()) for path in chosen
+    }
+
+
+def check_folders(folder: str | Path, names: Collection[str], parameter: str, place: str) -> None:
+    """Raise ValueError, with the folders that are there, unless `folder` has one for each of the names.
+
+    parameter, place  that give the names and the folder, for the error; other errors as `load_image_folder`
+    """
+    found = [path.name for path in _named_folders(folder)]
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(
+            f"{parameter} names {', '.join(missing)}, but {place} {str(folder)!r} has no such folder; it has "
+            f"{', '.join(found)}: name these in {parameter}, or add what is missing"
+        )
+
+
+def _named_folders(folder: str | Path) -> list[Path]:
+    """Return the folders of an ImageFolder tree, by name."""
     folder = _existing_folder(folder, "images as <name>/*.jpg")
     found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found:
         raise ValueError(
             f"folder {folder.name!r} holds no folders; arrange images as {folder.name}/<name>/*.jpg"
         )
-    chosen = [path for path in found if names is None or path.name in names]
-    return {
-        path.name: list(_read_images(path, _files(path), min_images, max_images).values()) for path in chosen
-    }
+    return found
 
 
 def _existing_folder(folder: str | Path, content: str) -> Path:

@@ -10,8 +10,10 @@ from datasets import ClassLabel
 SHORT_FORMS = {"pos": "positive", "neg": "negative", "neu": "neutral"}
 
 
-def find_class(model, label: str) -> int:
+def find_class(model, label: str, parameter: str = "") -> int:
     """Return the number of the class with this label; see `class_numbers` for what fits.
+
+    parameter  that gives the label, for the error
 
     Raises ValueError for a label that fits none or several, and names the nearest.
     """
@@ -23,7 +25,8 @@ def find_class(model, label: str) -> int:
     near = [synonyms[form] for form in get_close_matches(_plain(label), synonyms, n=5)]
     near = [labels[number] for number in sorted(found)] or list(dict.fromkeys(near)) or list(labels.values())
     raise ValueError(
-        f"label {label!r} is {'several' if found else 'none'} of this model's {len(labels)} labels; "
+        f"{parameter}{': ' if parameter else ''}label {label!r} is {'several' if found else 'none'} "
+        f"of this model's {len(labels)} labels; "
         f"did you mean {' or '.join(map(repr, near[:5]))}?"
     )
 

@@ -153,9 +153,15 @@ def empirical_p_values(scores, null_scores, center: float = 0.5) -> np.ndarray:
 
 
 def benjamini_hochberg(p_values) -> np.ndarray:
-    """Return the p-values adjusted for the false discovery rate over all entries together."""
-    p_values = np.asarray(p_values, dtype=np.float64)
-    return stats.false_discovery_control(p_values.ravel()).reshape(p_values.shape)
+    """Return the p-values adjusted for the false discovery rate over all entries together.
+
+    NaN, where no test was possible, stays NaN and does not count as a test.
+    """
+    adjusted = np.array(p_values, dtype=np.float64)
+    tested = ~np.isnan(adjusted)
+    if tested.any():
+        adjusted[tested] = stats.false_discovery_control(adjusted[tested])
+    return adjusted
 
 
 def bootstrap_interval(

@@ -21,7 +21,15 @@ from helpers import activations as activation_module
 from helpers import cavs as cavs_module
 from helpers import directions
 from helpers.activations import Activations, collect_activations
-from helpers.cavs import cav_accuracies, fit_cavs, fit_random_cavs, image_scores, load_cavs, save_cavs
+from helpers.cavs import (
+    cav_accuracies,
+    equal_draws,
+    fit_cavs,
+    fit_random_cavs,
+    image_scores,
+    load_cavs,
+    save_cavs,
+)
 from helpers.directions import fit_directions, held_out_accuracy
 from helpers.statistics import empirical_p_values
 from helpers.tcav import (
@@ -156,9 +164,14 @@ def test_bad_sets_of_concepts_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             fit_cavs(sources, random=random, n_draws=2)
-    with pytest.warns(UserWarning, match="its 2 draws are all equal"):
+    with pytest.warns(UserWarning, match="its 2 draws are all equal; give more random images"):
+        fit_cavs({"striped": ten}, random=planted(10, seed=1), n_draws=2)
+    with pytest.warns(UserWarning, match="its 2 draws are all equal; give a third concept"):
         cavs = fit_cavs({"striped": ten, "dotted": planted(10, 1, seed=1)}, n_draws=2)["logistic"]
     np.testing.assert_allclose(cavs.vectors[:, :, 0], cavs.vectors[:, :, 1], atol=1e-4)
+    assert equal_draws(cavs).shape == cavs.vectors.shape[:2] and equal_draws(cavs).all()
+    third = {"striped": ten, "dotted": planted(10, 1, seed=1), "plain": planted(10, 0, seed=2)}
+    assert not equal_draws(fit_cavs(third, n_draws=3)["logistic"]).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -380,6 +380,21 @@ def test_unknown_names():
             world.draw_scenes(1, labels=[index])
 
 
+def test_names_that_cannot_be_drawn_are_told_with_the_parameter_and_the_way_out(tmp_path):
+    world.check_names("concepts", ["red", "random", "red striped"])
+    world.check_names("targets", world.CLASSES, what="class")
+    said = "concepts: unknown concept 'boxy'.*zigzagged.*for images of your own give concepts_dir"
+    with pytest.raises(ValueError, match=said):
+        world.check_names("concepts", ["red", "boxy"])
+    said = "targets: unknown class 'circle'.*zebra.*for images of your own give targets_dir"
+    with pytest.raises(ValueError, match=said):
+        world.check_names("targets", ["circle"], what="class")
+    (tmp_path / "boxy").mkdir()
+    world.check_names("concepts", ["boxy"], tmp_path)
+    with pytest.raises(ValueError, match="concepts names red, but concepts_dir .* it has boxy"):
+        world.check_names("concepts", ["red", "boxy"], tmp_path)
+
+
 def test_bad_labels_and_decoys():
     with pytest.raises(ValueError, match="1 labels were given for 2 images"):
         world.draw_scenes(2, labels=["van"])

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from transformers import BitImageProcessor, ViTImageProcessorPil
 
-from helpers.images import input_size, load_image_folder
+from helpers.images import check_folders, input_size, load_image_folder
 
 
 @pytest.fixture
@@ -63,6 +63,17 @@ def test_names_that_are_not_asked_for_are_not_read(folder):
     assert list(load_image_folder(folder, names=["striped", "nowhere"])) == ["striped"]
     with pytest.raises(ValueError, match="'broken' has 0 images"):
         load_image_folder(folder)
+
+
+def test_folders_that_are_missing_are_told_with_those_that_are_there(tmp_path):
+    for name in ("boxy", "roundish", ".hidden"):
+        (tmp_path / name).mkdir()
+    check_folders(tmp_path, ["boxy"], "concepts", "concepts_dir")
+    said = "concepts names striped, dotted, but concepts_dir '.*' has no .* it has boxy, roundish: name these"
+    with pytest.raises(ValueError, match=said):
+        check_folders(tmp_path, ["striped", "boxy", "dotted"], "concepts", "concepts_dir")
+    with pytest.raises(ValueError, match="holds no folders"):
+        check_folders(tmp_path / "boxy", ["striped"], "concepts", "concepts_dir")
 
 
 def test_the_size_that_a_processor_gives_is_the_crop_s_or_the_square_s():

@@ -75,6 +75,8 @@ def test_unknown_label_is_named_with_the_nearest(model, tokenizer):
         read_attention(model, encode(SENTENCES, tokenizer, model), target="happy")
     with pytest.raises(ValueError, match="did you mean 'neutral'"):
         find_class(model, "neutrall")
+    with pytest.raises(ValueError, match="^text_target: label 'happy' is none of"):
+        find_class(model, "happy", "text_target")
 
 
 # Data sets

@@ -194,6 +194,12 @@ def test_benjamini_hochberg_by_hand():
     np.testing.assert_allclose(benjamini_hochberg([[0.01, 0.5], [0.03, 0.02]]), [[0.04, 0.5], [0.04, 0.04]])
 
 
+def test_benjamini_hochberg_leaves_out_what_was_not_tested():
+    adjusted = benjamini_hochberg([0.01, np.nan, 0.5])
+    np.testing.assert_array_equal(adjusted, [0.02, np.nan, 0.5])
+    assert np.isnan(benjamini_hochberg([np.nan, np.nan])).all()
+
+
 def test_bootstrap_interval_counts_images_and_draws():
     rng = np.random.default_rng(0)
     by_image = np.repeat(rng.random((100, 1)) < 0.3, 50, axis=1)
