@@ -109,12 +109,12 @@ def texts_of():
     return names
 
 
-def test_02_no_number_that_is_not_zero_reads_as_zero(texts_of):
-    lines = [(0.1, -0.2, 0.3), (0.004, 0.0004, 0.006), (0.0, 0.0, 0.0), (0.5, np.nan, np.nan)]
+def test_02_no_interval_that_is_clear_of_zero_reads_as_zero(texts_of):
+    lines = [(0.1, -0.2, 0.3), (0.004, 0.0004, 0.006), (0.0, -0.001, 0.002), (0.5, np.nan, np.nan)]
     assert texts_of["with_interval"](lines) == [
         "0.10 [-0.20, 0.30]",
         "0.0040 [0.0004, 0.0060]",
-        "0.00 [0.00, 0.00]",
+        "0.00 [-0.00, 0.00]",
         "0.50 [nan, nan]",
     ]
 
