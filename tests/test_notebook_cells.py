@@ -125,3 +125,30 @@ def test_02_only_the_best_has_a_star_and_its_digits_tell_it(texts_of):
     assert [text[:5] for text in said] == ["0.171", "0.173", "0.100"]
     assert [text.endswith("★") for text in said] == [False, True, False]
     assert texts_of["starred"](part, "min")[2] == "0.10 [0.05, 0.25] ★"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "given", "said"),
+    [
+        ("02_vit_shapley", '"localisation")', {"known": False, "unknown": "is left out"}, "Figure 2.7 is"),
+        (
+            "02_vit_shapley",
+            'figures, "pair")',
+            {"known": False, "unknown": "is left out"},
+            "Figure 2.5, with",
+        ),
+        ("05_comparisons", 'figures, "truth")', {"by_image": {}}, "Figure 5.4 is left out: no deciding"),
+        ("05_comparisons", "areas = ", {"tcav": {"auc": {}}}, "left out: notebook 04 has no AUC"),
+    ],
+)
+def test_cell_whose_figure_or_table_cannot_be_says_so(name, text, given, said, capsys):
+    exec(cell_with(name, text), {"pd": pd, **given})
+    assert said in capsys.readouterr().out
+
+
+def test_05_says_where_the_figures_of_the_networks_are_not_there(tmp_path, capsys):
+    names = {"networks": tmp_path}
+    exec(cell_with("05_comparisons", "def show_networks"), names)
+    exec(cell_with("05_comparisons", 'show_networks("concepts"'), names)
+    said = capsys.readouterr().out
+    assert "Figure 5.5 is left out" in said and "Figure 5.6 is left out" in said
