@@ -173,7 +173,8 @@ def _labelled_split(parts: DatasetDict, split: str, name: str) -> Dataset:
             "label" not in rows.column_names or rows.unique("label") not in ([-1], [None])
         ):
             return rows
-    raise ValueError(f"set {name!r} has no split {split!r} with labels; it has {', '.join(parts)}")
+    hint = f"; put a {split}.csv there, with the columns text and label" if local_folder(name) else ""
+    raise ValueError(f"set {name!r} has no split {split!r} with labels; it has {', '.join(parts)}{hint}")
 
 
 def _load_named_set(name: str, split: str) -> Dataset:

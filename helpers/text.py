@@ -8,10 +8,11 @@ import torch
 from helpers.models import check_cls_first
 
 
-def encode(texts: Sequence[str], tokenizer, model):
+def encode(texts: Sequence[str], tokenizer, model, name: str = ""):
     """Tokenise `texts` for `model`: a padded BatchEncoding of tensors (texts, tokens) on the model's device.
 
-    A text longer than the model allows is cut, with a warning that says how many of its tokens are explained.
+    A text longer than the model allows is cut, with a warning that says how many of its tokens are explained,
+    how it begins, and the `name` of its set where one is given.
     Padding goes to the right, whatever the tokenizer's own side: the games read [CLS] at the first position.
     Raises ValueError for a bare string, an empty batch, a text with nothing to explain (its position is
     named), or a tokenizer that puts no classification token first.
@@ -22,8 +23,11 @@ def encode(texts: Sequence[str], tokenizer, model):
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
     for position, length in enumerate(lengths):
         if length > limit:
+            of_set = f" of {name}" if name else ""
+            begins = " ".join(texts[position].split())[:30]
             warnings.warn(
-                f"text {position}: explained {limit} of {length} tokens, the most this model reads",
+                f"text {position}{of_set}: explained {limit} of {length} tokens, the most this model reads "
+                f"({begins!r} …)",
                 stacklevel=2,
             )
     inputs = tokenizer(

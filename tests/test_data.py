@@ -202,7 +202,7 @@ def test_single_file_without_a_split_in_its_name_is_the_test_set(tmp_path, file)
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]})
     getattr(rows, f"to_{path.suffix[1:]}")(path)
     assert load_sentences(str(tmp_path / "mine"))["text"][:] == ["a", "b"]
-    with pytest.raises(ValueError, match="has no split 'train' with labels; it has test"):
+    with pytest.raises(ValueError, match="no split 'train' with labels; it has test; put a train.csv there"):
         load_sentences(str(tmp_path / "mine"), "train")
 
 

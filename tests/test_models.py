@@ -413,6 +413,11 @@ def test_long_text_is_cut_with_a_visible_note(model, tokenizer):
     ]
 
 
+def test_note_of_a_cut_text_names_its_set_and_how_it_begins(model, tokenizer):
+    with pytest.warns(UserWarning, match=r"text 0 of mine: explained 512 of .*\('film film .*' …\)"):
+        encode(["film " * 700], tokenizer, model, "mine")
+
+
 def test_text_that_just_fits_is_not_warned_about(model, tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -7,6 +7,7 @@ inputs.
 
 import io
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -298,6 +299,19 @@ def test_what_needs_known_masks_is_left_out_and_the_rest_compared(small):
     assert small.n05["tcav_auc"] == {} and all(
         line["finds the concept"] is None for line in small.n05["verdict"].values()
     )
+
+
+def test_what_is_left_out_says_so_and_no_table_is_empty(small):
+    said = {}
+    for path in (small.figures.parent / "notebooks").glob("*.ipynb"):
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        said[path.stem[:2]] = json.dumps([cell["outputs"] for cell in cells])
+    for figure in ("2.2", "2.5", "2.7", "5.4"):
+        assert re.search(f"Figure {figure}.{{0,40}} is left out", said[figure[:1].zfill(2)]), figure
+    assert "notebook 04 has no AUC" in said["05"] and "not of this run" in said["05"]
+    assert ("Planting failed" in said["06"]) == (small.n06["planted_accuracy"] < 0.9)
+    for name in ("01", "02", "05", "06"):
+        assert "Empty DataFrame" not in said[name] and "Series([" not in said[name]
 
 
 # Models of the paper's shapes
