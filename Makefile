@@ -50,6 +50,7 @@ lock: $(VENV)/ready  ## the versions installed here become those that everybody 
 	$(BIN)/python -m pip list --format freeze --exclude-editable | grep -v -E '^(torch|pip|setuptools)==' > constraints.txt
 
 $(VENV)/ready: pyproject.toml constraints.txt
+	@echo "installing into $(VENV), about two minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,dev]'
 	touch $@
