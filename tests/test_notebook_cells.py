@@ -1,32 +1,36 @@
 """Single cells of the notebooks, on input that the committed runs do not have."""
 
-import json
+import re
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import build_text_classifier
 
+from helpers.cavs import WEIGHTINGS, Cavs
 from workflow.parameters import NOTEBOOKS
+
+
+def code_cells(name):
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+    return [cell.source for cell in cells if cell.cell_type == "code"]
 
 
 def cell_with(name, text):
     """Return the source of the code cell of a notebook that holds this text."""
-    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    [source] = [source for source in sources if text in source]
+    [source] = [source for source in code_cells(name) if text in source]
     return source
 
 
-def run_opening(name, **parameters):
-    """Run imports, parameters and checks of a notebook, with other parameters; return its names."""
-    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf8"))["cells"]
-    imports, defaults, checks = [c for c in cells if c["cell_type"] == "code"][:3]
+def run_opening(name, checks=True, **given):
+    """Run imports, parameters and, on request, checks of a notebook, with other values; return its names."""
+    imports, defaults, check, *_ = code_cells(name)
     names = {}
-    exec("".join(imports["source"]), names)
-    exec("".join(defaults["source"]), names)
-    names |= parameters
-    exec("".join(checks["source"]), names)
+    exec(imports, names)
+    exec(defaults, names)
+    names |= given
+    exec(check if checks else "", names)
     return names
 
 
@@ -152,3 +156,57 @@ def test_05_says_where_the_figures_of_the_networks_are_not_there(tmp_path, capsy
     exec(cell_with("05_comparisons", 'show_networks("concepts"'), names)
     said = capsys.readouterr().out
     assert "Figure 5.5 is left out" in said and "Figure 5.6 is left out" in said
+
+
+# 03 and 04: wrong names in their first cells, draws that are equal, figures left out
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("03_concept_training", {"concepts_dir": "there"}, "concepts names striped.* it has boxy, roundish"),
+        ("03_concept_training", {"concepts": [["boxy", "red"]]}, "concepts: .*'boxy'.* give concepts_dir"),
+        ("04_tcav", {"targets_dir": "there"}, "targets names zebra.*targets_dir.* it has boxy, roundish"),
+        ("04_tcav", {"targets": ["circle: red blue"]}, "targets: .*'circle'.* give targets_dir"),
+        ("04_tcav", {"targets": ["zebra: red boxy"]}, "targets: .*'boxy'.* give concepts_dir"),
+        ("04_tcav", {"heatmap_layers": [12, 13]}, "layers 0 to 11; give heatmap_layers"),
+        ("04_tcav", {"text_target": "politics"}, "text_target: label 'politics' is none"),
+    ],
+)
+def test_wrong_names_are_refused_with_their_parameter_and_the_way_out(name, given, said, tmp_path):
+    for folder in ("boxy", "roundish"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+    given = {key: str(tmp_path / "images") if value == "there" else value for key, value in given.items()}
+    with pytest.raises(ValueError, match=said):
+        run_opening(name, figures_dir=str(tmp_path / "figures"), **given)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_equal_draws_have_no_spread_and_no_t_test(equal, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((2, 2, 3, 8))
+    vectors = vectors[:, :, [0, 0, 0]] if equal else vectors
+    vectors = np.float32(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
+    cavs = Cavs(vectors, (0, 1), ("boxy", "roundish"), "logistic", "", "", 2)
+    found = rng.standard_normal((2, 2, 6, 3))
+    null = dict.fromkeys(WEIGHTINGS, rng.standard_normal((2, 1, 6, 5)))
+    kinds = {"logistic": dict.fromkeys(WEIGHTINGS, found), ("random", "logistic"): null}
+    given = {"figures": tmp_path, "cavs": cavs, "kinds": {"logistic": cavs}, "scores": {"circle": kinds}}
+    given |= {"concepts": {"circle": ["roundish", "boxy"]}, "n_resamples": 9}
+    exec(cell_with("04_tcav", "def describe("), run_opening("04_tcav", checks=False, **given))
+    table = pd.read_csv(tmp_path / "ttcav.csv")
+    for column in ("spread", "p t-test", "q t-test"):
+        assert table[column].isna().all() if equal else table[column].notna().all()
+    assert table[["score", "p random", "q random"]].notna().all(axis=None)
+    said = "no t-test, since all draws are equal, of boxy, roundish: give its family a third concept"
+    assert (said in capsys.readouterr().out) == equal
+
+
+@pytest.mark.parametrize(("name", "left_out"), [("03_concept_training", 3), ("04_tcav", 2)])
+def test_a_figure_that_may_be_left_out_is_told_by_its_number(name, left_out):
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+    told = [re.search(r"Figure (\d\.\d) is left out: ", cell.source) for cell in cells]
+    places = [place for place, match in enumerate(told) if match]
+    assert len(places) == left_out
+    for place in places:
+        assert cells[place + 1].source.startswith(f"**Figure {told[place].group(1)}.**")

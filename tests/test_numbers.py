@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from workflow.execute import FINDING
+from workflow.execute import FINDING, paragraphs
 from workflow.parameters import NOTEBOOKS, ROOT, notebook_default, notebook_names, notebook_parameters
 
 LEFT_OUT = [
@@ -120,10 +120,6 @@ def wrong_numbers(said, known):
             if not any(agrees(number, value) for value in there):
                 wrong.append(f"{number} is not {there} in {file}, {place}")
     return wrong
-
-
-def paragraphs(text):
-    return re.split(r"\n\s*\n", text)
 
 
 def prose(name):

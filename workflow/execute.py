@@ -92,11 +92,16 @@ def clean_notebook(notebook, stage: Path | None = None):
     return nbformat.reads(text.replace(f"{stage}/", "") if stage else text, as_version=4)
 
 
+def paragraphs(text: str) -> list[str]:
+    """Return the parts of a Markdown text that blank lines set apart."""
+    return re.split(r"\n\s*\n", text)
+
+
 def leave_out_findings(notebook) -> None:
     """Replace what the committed run found, which is not true of another run, by a note in each cell."""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            parts = [LEFT_OUT if FINDING.match(part) else part for part in re.split(r"\n\s*\n", cell.source)]
+            parts = [LEFT_OUT if FINDING.match(part) else part for part in paragraphs(cell.source)]
             cell.source = "\n\n".join(part for part, _ in itertools.groupby(parts))
 
 
